@@ -1,0 +1,1 @@
+"""Contrastive and joint-embedding learning in JAX."""
