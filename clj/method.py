@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Params = Any  # nested dict of arrays: what the optimiser updates
 Extra = Any  # nested dict of arrays: carried and checkpointed, never differentiated
@@ -58,3 +59,51 @@ def keep(params: Params, extra: Extra, step: jax.Array) -> tuple[Params, Extra]:
   """The `post` of a method that has nothing to do after the optimiser."""
   del step
   return params, extra
+
+
+def with_probe(method: Method, classes: int) -> Method:
+  """Adds an online linear probe: a classifier on `aux.features`, gradient stopped.
+
+  It learns from `batch["label"]` beside the method and changes nothing for it; its
+  parameters are `params["probe"]`, its cross-entropy is added to the loss (and reported
+  as "probe/loss" with "probe/accuracy"). Rows with label -1 have no weight.
+  """
+
+  def split(params):
+    return params["probe"], {k: v for k, v in params.items() if k != "probe"}
+
+  def init(rng, batch):
+    params, extra = method.init(rng, batch)
+    step = jnp.zeros((), jnp.int32)
+    _, (_, aux) = jax.eval_shape(method.loss, params, extra, batch, rng, step)
+    width = aux.features.shape[-1]
+    probe = {"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros((classes,))}
+    return {**params, "probe": probe}, extra
+
+  def loss(params, extra, batch, rng, step):
+    probe, params = split(params)
+    value, (extra, aux) = method.loss(params, extra, batch, rng, step)
+    features = jax.lax.stop_gradient(aux.features)
+    logits = features @ probe["kernel"] + probe["bias"][None]
+    label = batch["label"]
+    weight = (label >= 0).astype(jnp.float32)
+    picked = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), jnp.maximum(label, 0)[:, None], axis=1
+    )[:, 0]
+    count = jnp.maximum(weight.sum(), 1.0)
+    probe_loss = -(weight * picked).sum() / count
+    correct = weight * (logits.argmax(1) == label)
+    metrics = {"probe/loss": probe_loss, "probe/accuracy": correct.sum() / count}
+    aux = aux._replace(metrics=aux.metrics | metrics)
+    return value + probe_loss, (extra, aux)
+
+  def post(params, extra, step):
+    probe, params = split(params)
+    params, extra = method.post(params, extra, step)
+    return {**params, "probe": probe}, extra
+
+  def embed(params, extra, batch):
+    return method.embed(split(params)[1], extra, batch)
+
+  needs = (*method.needs, "label")
+  return Method(init, loss, post, embed, needs)

@@ -1,0 +1,280 @@
+"""Checkpoints: Orbax, asynchronous and atomic, guarded by hashes of their files.
+
+    workdir/checkpoints/STEP/   what Orbax wrote: the train state and the clock
+    workdir/hashes/STEP.P.json  size and SHA-256 of each file that process P wrote
+    workdir/damaged/            checkpoints that failed the check, renamed, never deleted
+
+Orbax commits a checkpoint by renaming its directory, so that a killed run leaves a whole
+one or none; but it restores a file with a flipped bit without a word. Hence the hashes:
+a background thread writes them once a checkpoint is committed, `restore` checks them.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+
+class CheckpointError(Exception):
+  """No checkpoint that can be restored; the message is one line for the user."""
+
+
+class Checkpoints:
+  """The checkpoints of one workdir, newest `keep` and the best one kept.
+
+  best: name of the metric whose highest value marks the best checkpoint, or None.
+  """
+
+  def __init__(self, workdir, *, keep: int = 2, best: str | None = None):
+    self.workdir = epath.Path(workdir)
+    self.directory = self.workdir / "checkpoints"
+    self.best = best
+    self._keep = keep
+    self._hashing: list[threading.Thread] = []
+    self._manager = None
+
+  def steps(self) -> list[int]:
+    """Steps of the committed checkpoints, oldest first."""
+    if not self.directory.exists():
+      return []
+    found = [p for p in self.directory.iterdir() if p.name.isdigit()]
+    return sorted(int(p.name) for p in found if _committed(p))
+
+  def save(self, step: int, state, clock: dict, metrics: dict[str, float]):
+    """Starts saving; returns once the state is copied off the device.
+
+    clock: JSON-able, whatever the loop needs beside the state to go on.
+    metrics: of the last evaluation; may be empty.
+    """
+    self._open().save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), clock=ocp.args.JsonSave(clock)
+      ),
+      metrics={"score": metrics[self.best]} if self.best in metrics else {},
+      force=True,
+    )
+    thread = threading.Thread(target=self._hash, args=(step,), daemon=True)
+    thread.start()
+    self._hashing = [t for t in self._hashing if t.is_alive()] + [thread]
+
+  def wait(self):
+    """Until every save is committed and hashed."""
+    if self._manager is not None:
+      self._manager.wait_until_finished()
+    for thread in self._hashing:
+      thread.join()
+
+  def close(self):
+    self.wait()
+    if self._manager is not None:
+      self._manager.close()
+
+  def restore(self, abstract_state, step: int | None = None):
+    """Restores the newest intact checkpoint, or that of `step`.
+
+    abstract_state: a tree of ShapeDtypeStructs with shardings; the checkpoint may have
+      been written on another number of devices.
+    Returns (state, clock, step), or None if there is no checkpoint at all. A damaged
+    checkpoint is renamed and the one before it tried; raises CheckpointError where none
+    is left, or where `step` was asked for and cannot be had.
+    """
+    found = self.steps()
+    if step is not None and step not in found:
+      raise CheckpointError(
+        f"no checkpoint of step {step} in {self.directory}; there are {found or 'none'}"
+      )
+    for newest in [step] if step is not None else found[::-1]:
+      fault = self.fault(newest)
+      if fault is None:
+        try:
+          state, clock = self._restore(newest, abstract_state)
+          return state, clock, newest
+        except (ValueError, OSError, KeyError, TypeError) as error:
+          fault = _first_line(error)
+      if step is not None:
+        raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
+      kept = self._set_aside(newest)
+      print(f"checkpoint {newest} is damaged ({fault}); kept as {kept}", flush=True)
+    if found:
+      raise CheckpointError(
+        f"no intact checkpoint is left in {self.workdir}; the damaged ones are in "
+        f"{self.workdir / 'damaged'}; start again in another workdir"
+      )
+    return None
+
+  def restore_tree(self, step: int, make_sharding=None):
+    """Restores `step` whatever its structure is: (nested dict, clock).
+
+    make_sharding: shape-and-dtype struct -> sharding; default: the first device.
+    """
+    fault = self.fault(step)
+    if fault is not None:
+      raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+      path = self.directory / str(step) / "state"
+      tree = checkpointer.metadata(path).item_metadata.tree
+      make_sharding = make_sharding or (
+        lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      )
+
+      def struct(leaf):
+        plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=make_sharding(plain)
+        )
+
+      is_array = lambda x: hasattr(x, "shape")
+      abstract = jax.tree.map(struct, tree, is_leaf=is_array)
+      return checkpointer.restore(path, abstract)
+
+  def _open(self) -> ocp.CheckpointManager:
+    # Opened late: reading a workdir must not create anything in it.
+    if self._manager is None:
+      score = lambda metrics: metrics.get("score", -np.inf)
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+          best_fn=score,
+          preservation_policy=policies.AnyPreservationPolicy(
+            [policies.LatestN(self._keep), policies.BestN(get_metric_fn=score, n=1)]
+          ),
+        ),
+      )
+    return self._manager
+
+  def _restore(self, step: int, abstract_state):
+    path = self.directory / str(step)
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+      state = checkpointer.restore(path / "state", abstract_state)
+    return state, json.loads((path / "clock" / "metadata").read_text())
+
+  def _manifest(self, step: int, process: int) -> epath.Path:
+    return self.workdir / "hashes" / f"{step}.{process}.json"
+
+  def _hash(self, step: int):
+    path = self.directory / str(step)
+    while not _committed(path):
+      # A newer save may have pushed this one out before we came to look.
+      time.sleep(0.02)
+      if self._manager is not None and self._manager.latest_step() not in (None, step):
+        if not path.exists():
+          return
+    process = jax.process_index()
+    with contextlib.suppress(FileNotFoundError):
+      files = {f: _digest(path / f) for f in _files(path) if _owner(f) == process}
+      manifest = self._manifest(step, process)
+      manifest.parent.mkdir(parents=True, exist_ok=True)
+      partial = manifest.parent / (manifest.name + ".partial")
+      body = json.dumps(files, sort_keys=True)
+      check = hashlib.sha256(body.encode()).hexdigest()
+      partial.write_text(json.dumps({"sha256": check, "files": body}))
+      partial.rename(manifest)
+      for old in manifest.parent.glob(f"*.{process}.json"):
+        if not (self.directory / old.name.split(".")[0]).exists():
+          old.unlink(missing_ok=True)
+
+  def fault(self, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, by its hashes; None if nothing.
+
+    A run that was killed between commit and hashing left no hashes: then Orbax's own
+    checks must do.
+    """
+    path = self.directory / str(step)
+    manifests = sorted((self.workdir / "hashes").glob(f"{step}.*.json"))
+    expected = {}
+    for manifest in manifests:
+      try:
+        record = json.loads(manifest.read_text())
+        body = record["files"]
+        if hashlib.sha256(body.encode()).hexdigest() != record["sha256"]:
+          return f"{manifest.name} does not match itself"
+        expected |= json.loads(body)
+      except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{manifest.name} is not readable"
+    processes = {_owner(f) for f in _files(path)} if manifests else set()
+    for file, (size, digest) in sorted(expected.items()):
+      if not (path / file).exists():
+        return f"{file} is missing"
+      found = _digest(path / file)
+      if found[0] != size:
+        return f"{file} has {found[0]} bytes, not {size}"
+      if found[1] != digest:
+        return f"{file} has changed"
+    complete = len(manifests) == len(processes)
+    if complete and manifests and (extra := set(_files(path)) - set(expected)):
+      return f"{min(extra)} does not belong to it"
+    return None
+
+  def _set_aside(self, step: int) -> epath.Path:
+    aside = self.workdir / "damaged"
+    target = aside / str(step)
+    if jax.process_index() == 0:
+      aside.mkdir(parents=True, exist_ok=True)
+      count = 1
+      while target.exists():
+        count += 1
+        target = aside / f"{step}.{count}"
+      (self.directory / str(step)).rename(target)
+      for manifest in (self.workdir / "hashes").glob(f"{step}.*.json"):
+        manifest.rename(aside / f"{target.name}.{manifest.name}")
+    return target
+
+
+def _committed(path: epath.Path) -> bool:
+  return path.exists() and ocp.utils.is_checkpoint_finalized(path)
+
+
+def _files(path: epath.Path) -> list[str]:
+  root = os.fspath(path)
+  return sorted(
+    os.path.relpath(os.path.join(folder, file), root)
+    for folder, _, files in os.walk(root)
+    for file in files
+  )
+
+
+def _owner(file: str) -> int:
+  """The process that wrote a file of a checkpoint: Orbax names its directories so."""
+  for part in file.split(os.sep):
+    if part.startswith("ocdbt.process_"):
+      return int(part.removeprefix("ocdbt.process_"))
+  return 0
+
+
+def _digest(file: epath.Path) -> tuple[int, str]:
+  with file.open("rb") as stream:
+    digest = hashlib.sha256()
+    size = 0
+    while block := stream.read(2**22):
+      digest.update(block)
+      size += len(block)
+  return size, digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:120]
+
+
+@contextlib.contextmanager
+def _quiet():
+  """No log lines of Orbax while it reads: what goes wrong is said in one line here."""
+  loggers = [logging.getLogger("absl"), logging.getLogger()]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    for logger, level in zip(loggers, levels):
+      logger.setLevel(level)

@@ -1,0 +1,239 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress line; first process only."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+
+def read_metrics(workdir) -> list[dict]:
+  """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+  path = epath.Path(workdir) / "metrics.jsonl"
+  lines = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      with contextlib.suppress(ValueError):
+        lines.append(json.loads(line))
+  return lines
+
+
+def evaluated(workdir, step: int) -> bool:
+  """Whether the evaluation of `step` was written to the end."""
+  return any(
+    m["step"] == step and any(key.startswith("eval/") for key in m)
+    for m in read_metrics(workdir)
+  )
+
+
+def last_values(workdir, prefix: str = "") -> dict[str, float]:
+  """The newest value of every metric whose name starts with `prefix`."""
+  values = {}
+  for line in read_metrics(workdir):
+    values |= {k: v for k, v in line.items() if k.startswith(prefix) and k != "step"}
+  return values
+
+
+class Meter:
+  """Wall-clock time of training, without evaluations and saves."""
+
+  def __init__(self, batch_size: int, step: int, seconds: float):
+    self._batch_size, self._before = batch_size, seconds
+    self._spent, self._began = 0.0, None
+    self._mark = (step, 0.0)
+
+  def start(self):
+    self._began = time.monotonic()
+
+  @contextlib.contextmanager
+  def pause(self):
+    running = self._began is not None
+    if running:
+      self._spent += time.monotonic() - self._began
+    self._began = None
+    yield
+    if running:
+      self.start()
+
+  def seconds(self) -> float:
+    """Of training, those before a restart included."""
+    return self._before + self._here()
+
+  def _here(self):
+    return self._spent + (time.monotonic() - self._began if self._began else 0.0)
+
+  def rate(self, step: int) -> float:
+    """Examples a second since the last line that was written."""
+    marked, at = self._mark
+    return (step - marked) * self._batch_size / max(self._here() - at, 1e-9)
+
+  def read(self, step: int) -> dict[str, float]:
+    rate = self.rate(step)
+    self._mark = (step, self._here())
+    return {"perf/examples_per_s": rate, "perf/train_seconds": self.seconds()}
+
+
+class Log:
+  """Writes metrics as they come; `start_step` is the step that was restored.
+
+  What an earlier, killed process wrote of later steps is cut away: those steps run
+  again, and each line stands once.
+  """
+
+  def __init__(self, workdir, *, start_step: int, total_steps: int, quiet=False):
+    self._first = jax.process_index() == 0
+    if not self._first:
+      return
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._path = workdir / "metrics.jsonl"
+    kept = [m for m in read_metrics(workdir) if m["step"] <= start_step]
+    partial = workdir / "metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+    partial.rename(self._path)
+    self._file = open(self._path, "a")  # noqa: SIM115
+    self._board = _tensorboard(workdir / "tensorboard", start_step)
+    # A terminal gets a bar that redraws itself, a log file a line now and then.
+    self._bar = tqdm(
+      initial=start_step,
+      total=total_steps,
+      unit="step",
+      disable=quiet or not sys.stderr.isatty(),
+      dynamic_ncols=True,
+      smoothing=0.05,
+    )
+    self._lines = not quiet and not sys.stderr.isatty()
+    self._total_steps = total_steps
+    self._began, self._began_step = None, start_step
+
+  def write(self, step: int, metrics: dict[str, float]):
+    """One line of metrics.jsonl and the same scalars for TensorBoard."""
+    if not self._first:
+      return
+    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    self._file.flush()
+    for key, value in metrics.items():
+      if math.isfinite(value):
+        self._board.add_scalar(key, value, step)
+
+  def sync(self):
+    """Puts what was written on the disk, before a checkpoint vouches for it."""
+    if self._first:
+      os.fsync(self._file.fileno())
+      self._board.flush()
+
+  def progress(self, step: int, loss: float, examples_per_s: float, log_now: bool):
+    if not self._first:
+      return
+    now = time.monotonic()
+    if self._began is None:  # leaves compilation out of the estimate
+      self._began, self._began_step = now, step
+    self._bar.n = step
+    self._bar.set_postfix_str(
+      f"loss {loss:.4f}, {examples_per_s:.0f} examples/s", refresh=False
+    )
+    self._bar.update(0)
+    if self._lines and log_now:
+      steps = step - self._began_step
+      left = (self._total_steps - step) * (now - self._began) / steps if steps else 0
+      print(
+        f"step {step}/{self._total_steps}  loss {loss:.4f}  "
+        f"{examples_per_s:.0f} examples/s  {_clock(left)} left",
+        flush=True,
+      )
+
+  def say(self, text: str):
+    """A line on the terminal that leaves the progress bar whole."""
+    if self._first:
+      self._bar.clear()
+      print(text, flush=True)
+
+  def picture(self, tag: str, image: np.ndarray, step: int):
+    """image: `[H, W, 3]` uint8, for TensorBoard."""
+    if self._first:
+      self._board.add_image(tag, image, step, dataformats="HWC")
+
+  def close(self):
+    if self._first:
+      self._bar.close()
+      self._file.close()
+      self._board.close()
+
+
+def _tensorboard(directory, start_step):
+  from tensorboardX import SummaryWriter
+
+  purge = start_step + 1 if start_step else None
+  return SummaryWriter(os.fspath(directory), purge_step=purge)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def table(rows: list[tuple], header: tuple[str, ...]) -> str:
+  """Lines up columns: text left, numbers right."""
+  cells = [tuple(str(c) for c in row) for row in [header, *rows]]
+  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+  number = [
+    bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+    for i in range(len(header))
+  ]
+
+  def line(row):
+    return "  ".join(
+      c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, number)
+    ).rstrip()
+
+  rule = "  ".join("-" * w for w in widths)
+  return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def grid(pictures: np.ndarray, border: int = 2) -> np.ndarray:
+  """`[rows, columns, H, W, 3]` uint8 -> one picture `[H', W', 3]` with white borders."""
+  R, C, H, W, _ = pictures.shape
+  canvas = np.full(
+    (R * (H + border) + border, C * (W + border) + border, 3), 255, np.uint8
+  )
+  for r in range(R):
+    for c in range(C):
+      top, left = border + r * (H + border), border + c * (W + border)
+      canvas[top : top + H, left : left + W] = pictures[r, c]
+  return canvas
+
+
+def start_tables(mesh, params) -> str:
+  """Devices and parameters, as printed at the start of a run."""
+  kinds = {}
+  for device in mesh.devices.flat:
+    key = (device.platform, device.device_kind, device.process_index)
+    kinds[key] = kinds.get(key, 0) + 1
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  devices = table(
+    [(kind, platform, process, n) for (platform, kind, process), n in kinds.items()],
+    ("device", "platform", "process", "count"),
+  )
+  sizes = jax.tree.map(lambda x: int(np.prod(x.shape)), params)
+  rows = [
+    (f"{top}/{name}" if name else top, len(leaves), sum(leaves))
+    for top, tree in sizes.items()
+    for name, leaves in _children(tree)
+  ]
+  rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+  return (
+    f"mesh: {axes}\n{devices}\n\n{table(rows, ('module', 'arrays', 'parameters'))}\n"
+  )
+
+
+def _children(tree):
+  if all(isinstance(v, int) for v in tree.values()):
+    return [("", jax.tree.leaves(tree))]
+  return [(name, jax.tree.leaves(sub)) for name, sub in tree.items()]

@@ -1,0 +1,79 @@
+"""Trains one config: python -m clj.main --config=configs/NAME.py[:VARIANT]
+
+Run it again to go on where it stopped. Exit codes: 0 complete, 1 something that you must
+mend (one line says what), 75 stopped on request: start the same command again.
+"""
+
+import os
+import re
+import sys
+import traceback
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/, with a variant: configs/simclr.py:smoke."
+)
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where the run is written; default runs/NAME-VARIANT."
+)
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
+
+
+def main() -> int:
+  try:
+    app.define_help_flags()
+    unknown = flags.FLAGS(sys.argv)[1:]
+    if unknown:
+      raise ValueError(f"unknown argument {unknown[0]!r}; see --help")
+    if CONFIG.value is None:
+      raise ValueError("no config; give --config=configs/NAME.py, such as simclr.py")
+    config = CONFIG.value.to_dict()
+    directory = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
+  except Exception as error:
+    return complain(error, debug="--debug" in sys.argv)
+  quiet_libraries()
+  from clj.train import train  # after the flags: JAX takes a second to load
+
+  try:
+    return train(directory, **config)
+  except Exception as error:
+    if DEBUG.value or not isinstance(error, user_errors()):
+      raise
+    return complain(error)
+
+
+def default_workdir(config_filename: str) -> str:
+  """ "configs/simclr.py:smoke" -> "runs/simclr-smoke"."""
+  path, _, variant = config_filename.partition(":")
+  name = os.path.splitext(os.path.basename(path))[0]
+  return os.path.join("runs", f"{name}-{re.sub(r'[^\w.-]+', '-', variant or 'demo')}")
+
+
+def user_errors() -> tuple:
+  from clj.checkpoint import CheckpointError
+  from clj.data import DataError
+
+  return ValueError, TypeError, FloatingPointError, OSError, CheckpointError, DataError
+
+
+def complain(error: Exception, debug: bool = False) -> int:
+  if debug:
+    traceback.print_exception(error)
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  print(f"clj: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+  return 1
+
+
+def quiet_libraries():
+  """Keeps the terminal for what the run says: other libraries report errors only."""
+  from absl import logging
+
+  logging.set_verbosity(logging.ERROR)
+  logging.set_stderrthreshold("error")
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,127 @@
+"""One mesh, axes ("data", "fsdp"), and the rules that lay batches and states on it.
+
+The batch is split over both axes. A parameter is split over "fsdp" by the first rule
+that matches its name; by default the largest divisible axis of arrays above 4 MiB is.
+With `fsdp=1` that is plain data parallelism: everything is replicated.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+SMALL = 4 * 2**20  # bytes; splitting less than this costs more latency than it saves
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
+  """Builds the mesh; one of the two sizes may be -1: all remaining devices.
+
+  Over several TPU slices the slow network between them is crossed along "data" only.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  shape = {"data": data, "fsdp": fsdp}
+  free = [axis for axis, size in shape.items() if size == -1]
+  known = math.prod(size for size in shape.values() if size != -1)
+  if len(free) > 1 or known < 1 or len(devices) % known:
+    raise ValueError(
+      f"mesh data={data} fsdp={fsdp} does not divide {len(devices)} devices; "
+      "use sizes whose product is that number, -1 for the rest"
+    )
+  for axis in free:
+    shape[axis] = len(devices) // known
+  if math.prod(shape.values()) != len(devices):
+    raise ValueError(
+      f"mesh data={data} fsdp={fsdp} is for {math.prod(shape.values())} devices, "
+      f"here are {len(devices)}; use data=-1 for all that remain"
+    )
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  sizes = tuple(shape.values())
+  if slices > 1:
+    if sizes[0] % slices:
+      raise ValueError(f"mesh data={sizes[0]} does not divide over {slices} slices")
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (sizes[0] // slices, sizes[1]), (slices, 1), devices
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(sizes, devices)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis over every device."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def name(path) -> str:
+  """The "/"-joined name of a leaf, from a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec(leaf, leaf_name: str, fsdp: int, rules: Sequence = ()) -> PartitionSpec:
+  """The PartitionSpec of one leaf: first matching rule, else the default."""
+  for pattern, partition in rules:
+    if re.search(pattern, leaf_name):
+      return PartitionSpec(*partition)
+  # A typed random key is a scalar of a few bytes.
+  if fsdp == 1 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return PartitionSpec()
+  if math.prod(leaf.shape) * leaf.dtype.itemsize <= SMALL:
+    return PartitionSpec()
+  sizes = [n if n % fsdp == 0 else 0 for n in leaf.shape]
+  if not any(sizes):
+    return PartitionSpec()
+  largest = int(np.argmax(sizes))
+  return PartitionSpec(*[None] * largest, "fsdp")
+
+
+def state_shardings(state, mesh: Mesh, rules: Sequence = ()):
+  """A NamedSharding for every leaf of `state` (arrays or their shapes).
+
+  rules: ordered pairs (regex on the leaf's name, tuple of axis names or None), such as
+    ("params/head/.*kernel", (None, "fsdp")).
+  """
+  fsdp = mesh.shape["fsdp"]
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(mesh, spec(leaf, name(path), fsdp, rules)), state
+  )
+
+
+def check_batch_size(batch_size: int, mesh: Mesh):
+  if batch_size < 1 or batch_size % mesh.size:
+    down, up = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size)
+    near = max(down, mesh.size), max(up, 1) * mesh.size
+    raise ValueError(
+      f"batch_size {batch_size} does not divide over {mesh.size} devices; "
+      f"use {near[0]}" + (f" or {near[1]}" if near[1] != near[0] else "")
+    )
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> tuple[int, int]:
+  """The rows `(first, last + 1)` of the global batch that this process feeds."""
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  bounds = sorted((i.start or 0, i.stop or batch_size) for (i,) in indices.values())
+  for (_, stop), (start, _) in zip(bounds, bounds[1:]):
+    if stop != start:
+      raise ValueError(
+        f"this process owns the separate rows {bounds} of a batch; order the mesh's "
+        "devices by process"
+      )
+  return bounds[0][0], bounds[-1][1]
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch -> global arrays, split over every device."""
+  sharding = batch_sharding(mesh)
+  return {
+    key: jax.make_array_from_process_local_data(sharding, rows)
+    for key, rows in batch.items()
+  }

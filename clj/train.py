@@ -1,0 +1,361 @@
+"""The train step and the loop around it. No method is named in here.
+
+    restore -> for each step: next batch -> dispatch the step -> write the metrics of the
+    one before -> maybe evaluate -> maybe checkpoint
+
+Randomness is a function of (seed, step, row of the global batch), data of the step: the
+same command gives the same run, however often it is killed and on any mesh.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clj import augment as augmentation
+from clj import checkpoint, log, sharding, workdir
+from clj import optim as optimisers
+from clj.data import pipeline, sources
+from clj.evaluate import best_metric, make_evaluate, summary
+from clj.init_from import init_from as start_from
+from clj.method import Method, with_probe
+from clj.methods import METHODS
+
+COMPLETE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start the same command again
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  step: jax.Array  # int32 scalar: finished updates
+  rng: jax.Array  # a typed key, constant: every step folds its number in
+  params: Any
+  extra: Any
+  opt_state: Any
+
+
+def make_method(method: dict, model: dict) -> Method:
+  """The method that the sections `method` and `model` of a config describe."""
+  kwargs = dict(method)
+  name, classes = kwargs.pop("name"), kwargs.pop("probe_classes", 0)
+  if name not in METHODS:
+    raise ValueError(f"no method {name!r}; there are: {', '.join(METHODS)}")
+  made = METHODS[name](model=model, **kwargs)
+  return with_probe(made, classes) if classes else made
+
+
+def make_augment(data: dict) -> Callable:
+  """The augmentation that the section `data` of a config describes."""
+  return augmentation.make(
+    size=data["size"],
+    views=data["views"],
+    crop_scale=data["crop_scale"],
+    crop_ratio=data["crop_ratio"],
+    **data["augment"],
+  )
+
+
+def make_train_step(method: Method, tx, augment, schedules=None):
+  """The step `(state, batch) -> (state, metrics)`: a pure function, to be jitted."""
+
+  def train_step(state: TrainState, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+    batch = augment(jax.random.fold_in(rng, 0), batch)
+    grad_fn = jax.value_and_grad(method.loss, has_aux=True)
+    (loss, (extra, aux)), grads = grad_fn(
+      state.params, state.extra, batch, rng, state.step
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, extra = method.post(params, extra, state.step)
+    metrics = {"loss": loss, **aux.metrics}
+    metrics |= {name: at(state.step) for name, at in (schedules or {}).items()}
+    for name, tree in {"grad_norm": grads, "update_norm": updates}.items():
+      metrics[name] = optax.global_norm(tree)
+      metrics |= {f"{name}/{k}": optax.global_norm(v) for k, v in tree.items()}
+    state = TrainState(state.step + 1, state.rng, params, extra, opt_state)
+    # A finite loss may still leave a broken state behind.
+    metrics["finite"] = jnp.isfinite(loss) & _all_finite(state)
+    return state, metrics
+
+  return train_step
+
+
+def _all_finite(tree):
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
+class Program(NamedTuple):
+  """What runs on the devices, ready to compile; nothing in it holds an array."""
+
+  method: Method
+  augment: Callable
+  init: Callable  # key -> TrainState, jitted with its shardings
+  step: Callable  # (state, batch) -> (state, metrics), jitted, the state donated
+  state: TrainState  # of ShapeDtypeStructs with shardings
+
+
+def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, optim):
+  """Sections of a config -> Program.
+
+  batch: shapes and dtypes of a batch as the data pipeline gives it, by key.
+  """
+  made, augment = make_method(method, model), make_augment(data)
+  if missing := [key for key in made.needs if key not in batch]:
+    raise ValueError(
+      f"method {method['name']!r} needs {', '.join(missing)} in its batches; "
+      f"{data['source']!r} gives {', '.join(batch)}"
+    )
+  tx, schedules = optimisers.make(
+    total_steps=total_steps, batch_size=batch_size, **optim
+  )
+  views = jax.eval_shape(augment, jax.random.key(0), batch)
+
+  def init(key):
+    rng, init_rng = jax.random.split(key)
+    zeros = {k: jnp.zeros(v.shape, v.dtype) for k, v in views.items()}
+    params, extra = made.init(init_rng, zeros)
+    return TrainState(jnp.zeros((), jnp.int32), rng, params, extra, tx.init(params))
+
+  state = jax.eval_shape(init, jax.random.key(seed))
+  shardings = sharding.state_shardings(state, mesh)
+  struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+  step = jax.jit(
+    make_train_step(made, tx, augment, schedules),
+    donate_argnums=0,
+    # Without them leaves drift to shardings of the compiler's choice, and step 2
+    # compiles again.
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+  init = jax.jit(init, out_shardings=shardings)
+  return Program(made, augment, init, step, jax.tree.map(struct, state, shardings))
+
+
+def train(
+  directory,
+  *,
+  seed: int,
+  batch_size: int,
+  total_steps: int,
+  log_every: int,
+  eval_every: int,
+  checkpoint_every: int,
+  init_from: str,
+  init_rename,
+  profile: str,
+  method: dict,
+  model: dict,
+  data: dict,
+  optim: dict,
+  mesh: dict,
+  evals: dict,
+) -> int:
+  """Trains to `total_steps`, going on from the newest checkpoint in `directory`.
+
+  The keyword arguments are the keys of a config; `configs/simclr.py` explains them.
+  Returns the exit code: 0 complete, 75 stopped by SIGTERM with everything saved. What
+  the user must mend is raised as ValueError, data.DataError, CheckpointError or
+  FloatingPointError, in one line that says the way out.
+  """
+  config = {k: v for k, v in locals().items() if k != "directory"}
+  for key in ("batch_size", "total_steps", "log_every"):
+    if config[key] < 1:
+      raise ValueError(f"{key} is {config[key]}; it must be at least 1")
+  grid = sharding.make_mesh(**mesh)
+  sharding.check_batch_size(batch_size, grid)
+  workdir.check_config(directory, config)
+  checkpoints = checkpoint.Checkpoints(directory, best=best_metric(evals))
+  evaluated = not evals or log.evaluated(directory, total_steps)
+  finished = evaluated and checkpoints.steps()[-1:] == [total_steps]
+  if finished and not checkpoints.fault(total_steps):
+    print(f"{directory}: complete, all {total_steps} steps are done")
+    print(summary(directory))
+    return COMPLETE
+  profile_from, profile_to = _profile_steps(profile)
+
+  source = sources.open_source(data["source"], data["train_split"], data["data_dir"])
+  read = lambda step, rows: contextlib.closing(
+    pipeline.batches(
+      source,
+      seed=seed,
+      batch_size=batch_size,
+      step=step,
+      rows=rows,
+      size=data["size"],
+      views=data["views"],
+      scale=data["crop_scale"],
+      ratio=data["crop_ratio"],
+      threads=data["threads"],
+    )
+  )
+  with read(0, (0, 1)) as one_row:
+    shapes = {
+      key: jax.ShapeDtypeStruct(
+        (batch_size, *rows.shape[1:]), rows.dtype, sharding=sharding.batch_sharding(grid)
+      )
+      for key, rows in next(one_row).items()
+    }
+
+  with jax.set_mesh(grid), _sigterm() as stopping:
+    program = build(
+      shapes,
+      grid,
+      seed=seed,
+      batch_size=batch_size,
+      total_steps=total_steps,
+      method=method,
+      model=model,
+      data=data,
+      optim=optim,
+    )
+    evaluate = make_evaluate(
+      program.method.embed, source, data=data, evals=evals, batch_size=batch_size
+    )
+    restored = checkpoints.restore(program.state)
+    if restored is None:
+      start, seconds = 0, 0.0
+      state = program.init(jax.random.key(seed))
+      print(log.start_tables(grid, state.params), flush=True)
+      if init_from:
+        state, report = start_from(state, init_from, init_rename)
+        print(report, flush=True)
+    else:
+      state, clock, start = restored
+      seconds = clock["seconds"]
+      print(f"{directory}: going on from step {start} of {total_steps}", flush=True)
+    workdir.record_config(directory, config, start)
+    writer = log.Log(directory, start_step=start, total_steps=total_steps)
+    meter = log.Meter(batch_size, start, seconds)
+    scores = log.last_values(directory, prefix="eval/")
+    due = lambda step: (
+      evals and (step in (0, total_steps) or (eval_every and step % eval_every == 0))
+    )
+    pending = None  # (step, metrics) on the device, not looked at yet
+
+    def settle():
+      """Writes the metrics of the last step, once the device has finished it."""
+      nonlocal pending
+      if pending is None:
+        return
+      (step, metrics), pending = pending, None
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      if not metrics.pop("finite"):
+        raise FloatingPointError(_not_finite(step, metrics["loss"], checkpoints))
+      now = step % log_every == 0 or step == total_steps
+      writer.progress(step, metrics["loss"], meter.rate(step), now)
+      if now:
+        line = {f"train/{name}": value for name, value in metrics.items()}
+        line["train/examples"] = step * batch_size
+        line["train/epoch"] = step * batch_size / len(source)
+        writer.write(step, line | meter.read(step))
+
+    def evaluate_now(step):
+      with meter.pause():
+        found = evaluate(state, step, step == total_steps, writer, stopping)
+      if found is not None:  # else stopped in the middle; done again after the restart
+        writer.write(step, found)
+        scores.update(found)
+
+    def save(step):
+      with meter.pause():
+        writer.sync()
+        checkpoints.save(step, state, {"seconds": meter.seconds()}, scores)
+
+    done = saved = start
+    try:
+      if due(start) and not log.evaluated(directory, start):
+        evaluate_now(start)
+      with read(start, sharding.process_rows(batch_size, grid)) as batches:
+        meter.start()
+        for step in range(start, total_steps):
+          if stopping():
+            break
+          batch = sharding.to_global(next(batches), grid)
+          if step == 0:
+            _draw_views(writer, program.augment, state.rng, batch)
+          if step == profile_from:
+            jax.profiler.start_trace(str(directory))
+          with jax.transfer_guard("disallow"):
+            state, metrics = program.step(state, batch)
+          settle()  # the step before; the device is busy with this one meanwhile
+          pending, done = (step + 1, metrics), step + 1
+          if done == profile_to:
+            settle()
+            jax.profiler.stop_trace()
+          last = done == total_steps
+          save_due = last or (checkpoint_every and done % checkpoint_every == 0)
+          if due(done) or save_due:
+            settle()
+          if due(done):
+            evaluate_now(done)
+          if save_due:
+            save(done)
+            saved = done
+      if saved != done:
+        settle()
+        save(done)
+    finally:
+      checkpoints.close()
+      writer.close()
+  if done < total_steps or (evals and not log.evaluated(directory, done)):
+    print(f"stopped by SIGTERM, saved at step {done}; the same command goes on")
+    return STOPPED
+  print(summary(directory))
+  return COMPLETE
+
+
+def _not_finite(step: int, loss: float, checkpoints) -> str:
+  good = checkpoints.steps()
+  kept = f"the checkpoint of step {good[-1]} is good; " if good else ""
+  return (
+    f"loss {loss} or a parameter is not finite at step {step}; {kept}"
+    "lower optim.learning_rate or lengthen the warm-up"
+  )
+
+
+def _profile_steps(profile: str) -> tuple[int, int]:
+  """ "10:15" -> (10, 15), "" -> (-1, -1): the steps that are traced."""
+  if not profile:
+    return -1, -1
+  try:
+    first, last = map(int, profile.split(":"))
+    if not 0 <= first < last:
+      raise ValueError
+  except ValueError:
+    raise ValueError(
+      f"profile is {profile!r}; it must be FIRST:LAST, such as 10:15"
+    ) from None
+  return first, last
+
+
+def _draw_views(writer, augment, rng, batch):
+  """Puts the first step's augmented views on TensorBoard, a row for each example."""
+  if "image" not in batch:
+    return
+  rng = jax.random.fold_in(jax.random.fold_in(rng, 0), 0)
+  views = jax.jit(augment)(rng, batch)["image"]
+  mine = np.concatenate([np.asarray(s.data) for s in views.addressable_shards[:8]])
+  picture = log.grid((mine[:8] * 255).round().astype(np.uint8))
+  writer.picture("augmented", picture, 0)
+
+
+@contextlib.contextmanager
+def _sigterm():
+  """Turns SIGTERM into a flag that the loop reads between two steps."""
+  came = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield came.is_set  # Python delivers signals to the main thread alone
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+  try:
+    yield came.is_set
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,106 @@
+"""What a workdir was trained with: config.json, the guard against mixing two recipes."""
+
+import json
+import subprocess
+from importlib import metadata
+
+import jax
+from etils import epath
+
+# Keys that may change between two starts of a run without changing what it computes.
+FREE = (
+  "mesh",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+  "evals",
+  "profile",
+  "data.data_dir",
+  "data.threads",
+)
+
+
+def read_config(workdir) -> dict:
+  """The config that the run in `workdir` was last started with."""
+  return _history(workdir)[-1]["config"]
+
+
+def check_config(workdir, config: dict):
+  """Raises ValueError where `config` would continue another recipe's run."""
+  history = _history(workdir, missing=[])
+  if not history:
+    return
+  old, new = _flat(history[-1]["config"]), _flat(_plain(config))
+  changed = sorted(k for k in old | new if old.get(k) != new.get(k) and not _free(k))
+  if changed:
+    listed = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+    raise ValueError(
+      f"{workdir} holds a run with another config ({listed}); take another --workdir, "
+      f"there with --config.init_from={workdir} to start from its weights"
+    )
+
+
+def record_config(workdir, config: dict, step: int):
+  """Appends `config`, if it is new, with the step and the software it holds from."""
+  history = [h for h in _history(workdir, missing=[]) if h["step"] <= step]
+  entry = {"step": step, "config": _plain(config), **_software()}
+  same = history and all(
+    history[-1][k] == v for k, v in entry.items() if k not in ("step",)
+  )
+  if same or jax.process_index() != 0:
+    return
+  path = _path(workdir)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.parent / "config.json.partial"
+  partial.write_text(json.dumps([*history, entry], indent=1) + "\n")
+  partial.rename(path)
+
+
+def _path(workdir) -> epath.Path:
+  return epath.Path(workdir) / "config.json"
+
+
+def _history(workdir, missing=None) -> list[dict]:
+  path = _path(workdir)
+  if not path.exists():
+    if missing is None:
+      raise ValueError(f"{workdir} is not the workdir of a run: it has no config.json")
+    return missing
+  return json.loads(path.read_text())
+
+
+def _plain(config):
+  """As JSON gives it back: tuples become lists."""
+  return json.loads(json.dumps(config))
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict) and value:
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def _free(key: str) -> bool:
+  return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def _software() -> dict:
+  versions = {
+    package: metadata.version(package)
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  }
+  try:
+    revision = subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+      capture_output=True,
+      text=True,
+      timeout=5,
+      cwd=epath.Path(__file__).parent,
+    ).stdout.strip()
+  except (OSError, subprocess.TimeoutExpired):
+    revision = ""
+  return {"git": revision or None, "versions": versions}
