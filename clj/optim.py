@@ -119,7 +119,7 @@ def make(
     for pattern, _ in rules:
       if pattern != PROBE[0] and not any(matches(pattern, n) for n in flat):
         raise ValueError(
-          f"no parameter's name matches {pattern!r}; names are {', '.join(flat[:3])} ..."
+          f"no parameter's name matches {pattern!r}; names are {', '.join(flat[:3])}..."
         )
     return jax.tree.map(
       lambda n: next((label for p, label in rules if matches(p, n)), "main"), every
