@@ -1,0 +1,3 @@
+"""Evaluations of frozen features: arrays in, plain numbers out."""
+
+from clj.evals import knn as knn
