@@ -160,7 +160,7 @@ def raw_pixels(images) -> jax.Array:
 
 
 def color_histogram(images, bins: int = 8) -> jax.Array:
-  """Images `[N, H, W, 3]`, uint8 or in [0, 1], to shares of colours `[N, bins ** 3]`."""
+  """Images `[N, H, W, 3]`, uint8 or in [0, 1], to colour shares `[N, bins ** 3]`."""
   scale = 256 if images.dtype == jnp.uint8 else 1
   place = jnp.asarray(images).astype(jnp.float32) * (bins / scale)
   place = jnp.clip(place.astype(jnp.int32), 0, bins - 1)

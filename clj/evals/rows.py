@@ -1,5 +1,7 @@
 """Rows of features over the devices of the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +17,28 @@ def context_mesh() -> Mesh:
   return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types, devices=jax.devices()[:1])
 
 
-def shard_rows(x, mesh: Mesh, multiple: int = 1, fill=0) -> jax.Array:
+def shard_rows(x, mesh: Mesh, multiple: int = 1, fill: int = 0) -> jax.Array:
   """Splits the rows of `x` over all devices, filled up to `multiple` rows on each.
 
   A NumPy array has all rows, the same on every process. JAX arrays stay on the devices.
   """
-  rows = mesh.size * multiple
-  pad = [(0, -len(x) % rows)] + [(0, 0)] * (x.ndim - 1)
   sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   if isinstance(x, jax.Array):
-    return jax.jit(
-      lambda x: jnp.pad(x, pad, constant_values=fill), out_shardings=sharding
-    )(x)
-  x = np.pad(np.asarray(x), pad, constant_values=fill)
+    return jax.device_put(_pad(x, -len(x) % (mesh.size * multiple), fill), sharding)
+  x = np.asarray(x)
+  pad = [(0, -len(x) % (mesh.size * multiple))] + [(0, 0)] * (x.ndim - 1)
+  x = np.pad(x, pad, constant_values=fill)
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pad(x, rows, fill):
+  return jnp.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+
+
+def check_rows(name: str, features, labels):
+  """Refuses features and labels that do not belong together."""
+  if features.ndim != 2 or labels.shape != features.shape[:1]:
+    raise ValueError(
+      f"{name} features {features.shape} and labels {labels.shape}: give [N, d] and [N]"
+    )
