@@ -1,0 +1,399 @@
+"""What there is to read: TFDS data sets, image folders and the embedded `shapes`.
+
+A `Source` is a table of records with random access. Small sets of equal pictures are
+decoded once and held as arrays; everything else stays encoded until it is asked for.
+"""
+
+import dataclasses
+import logging
+import os
+import threading
+import types
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent import futures
+
+import numpy as np
+
+from clj.data import images
+from clj.data.shapes import SHAPES, SIZES, shapes
+
+IMAGE_SUFFIXES = (
+  ".jpg",
+  ".jpeg",
+  ".jpe",
+  ".png",
+  ".webp",
+  ".bmp",
+  ".gif",
+  ".tif",
+  ".tiff",
+  ".ppm",
+  ".pgm",
+)
+# A validation split under any of these names answers to "test".
+_TEST_NAMES = ("test", "validation", "val", "valid")
+
+
+class DataError(ValueError):
+  """What only the user can mend; the message is one line with the way out."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """Records 0 to `len(source) - 1`.
+
+  Attributes:
+    name: what `open_source` was asked for, with the split.
+    size: number of records.
+    keys: batch keys that it gives: "index", "image", and "label" where there are any.
+    class_names: a name for each label, or None.
+    arrays: the records as arrays with a leading axis of `size`, `image` uint8
+      [N, H, W, 3] and `label` int32 [N] among them; None for a source that is read
+      record by record. Only what `keys` names goes into batches.
+    read: `indices -> list of {"image": bytes, "label": int}`, the pictures encoded; a
+      record that cannot be read comes as the exception. None where there are arrays.
+    bad: the corrupt records met so far, index -> reason.
+  """
+
+  name: str
+  size: int
+  keys: tuple[str, ...]
+  class_names: tuple[str, ...] | None = None
+  arrays: dict[str, np.ndarray] | None = None
+  read: Callable[[Sequence[int]], list] | None = None
+  bad: dict[int, str] = dataclasses.field(default_factory=dict)
+  _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+  def __len__(self):
+    return self.size
+
+  def report_bad(self, index: int, reason: str) -> None:
+    """Counts a corrupt record, once, and says so.
+
+    Raises:
+      DataError: more than max(10, 0.1 %) of the records are corrupt, or all.
+    """
+    with self._lock:
+      if index in self.bad:
+        return
+      self.bad[index] = reason
+      count, limit = len(self.bad), max(10, self.size // 1000)
+      if count > limit or count == self.size:
+        raise DataError(
+          f"{self.name}: {count} of {self.size} records are corrupt, record {index}"
+          f" the latest ({reason}); at most {min(limit, self.size - 1)} are put up with:"
+          " mend or remove them"
+        )
+      logging.getLogger(__name__).warning(
+        "%s: record %d is corrupt (%s), the next good one stands in for it; %d so far",
+        self.name,
+        index,
+        reason,
+        count,
+      )
+
+
+def open_source(
+  name: str,
+  split: str,
+  data_dir: str | None = None,
+  *,
+  memory_limit: int = 2 << 30,
+) -> Source:
+  """Opens a data set.
+
+  Args:
+    name: "shapes" (embedded); "folder:/path", any tree of images; or a TFDS name, with
+      a config and a version if need be ("cifar10", "my_set/config:1.0.0").
+    split: a name or TFDS's syntax for parts of it, "train[:90%]", "train+test".
+      A folder whose sub-folders are called train and test (or validation, val, valid)
+      has these splits, "test" standing for whichever of the latter there is; any other
+      folder is all "train". A class is a sub-folder of the split.
+    data_dir: where TFDS data lies prepared; None: TFDS_DATA_DIR, then TFDS's default.
+    memory_limit: TFDS pictures of one fixed size that decode to at most this many
+      bytes are decoded now and held; 0: never.
+
+  Raises:
+    DataError: there is no such data set or split, it is empty, or it cannot be read at
+      random. A TFDS set that is not prepared is downloaded if its server answers.
+  """
+  if name == "shapes":
+    return _open_shapes(split)
+  if name.startswith("folder:"):
+    return _open_folder(name, split)
+  return _open_tfds(name, split, data_dir, memory_limit)
+
+
+def _parts(split, sizes, name):
+  """Resolves a split in TFDS's syntax to [(split name, start, stop)]."""
+  if split in sizes:
+    return [(split, 0, sizes[split])]
+  import tensorflow_datasets as tfds
+
+  try:
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(
+      {key: types.SimpleNamespace(num_examples=n) for key, n in sizes.items()}
+    )
+  except (ValueError, KeyError, AssertionError) as error:
+    raise DataError(_no_split(name, split, sizes, error)) from None
+  return [(p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to)
+          for p in parts]  # fmt: skip
+
+
+def _no_split(name, split, splits, error):
+  return f"{name} has no split {split!r} ({_line(error)}); it has: {', '.join(splits)}"
+
+
+def _line(error):
+  """The first line of an exception's message."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def _open_shapes(split):
+  parts = [
+    {key: value[start:stop] for key, value in shapes(part).items()}
+    for part, start, stop in _parts(split, SIZES, "shapes")
+  ]
+  arrays = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+  size = len(arrays["image"])
+  if not size:
+    raise DataError(f"shapes {split} is empty")
+  arrays["index"] = np.arange(size, dtype=np.int32)
+  return Source(f"shapes {split}", size, _keys(True), SHAPES, arrays)
+
+
+def _keys(labelled):
+  return ("index", "image", "label") if labelled else ("index", "image")
+
+
+# Image folders.
+
+
+def _open_folder(name, split):
+  root = os.path.expanduser(name.removeprefix("folder:"))
+  if not os.path.isdir(root):
+    raise DataError(f"{name}: there is no folder {root!r}")
+  inside = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+  test = next((x for x in _TEST_NAMES if x in inside), None)
+  if "train" in inside and test:
+    folders = {"train": "train", "test": test, test: test}
+  else:
+    folders = {"train": ""}
+  # Only what the split names is scanned: a pod's training folder holds millions.
+  wanted = [x for x in folders if x in split] or list(folders)
+  found = {x: _scan(os.path.join(root, folders[x])) for x in wanted}
+  parts = _parts(split, {x: len(found[x][0]) for x in wanted}, name)
+  files = [(x, f) for x, start, stop in parts for f in found[x][0][start:stop]]
+  if not files:
+    others = sum(found[x][1] for x in wanted)
+    raise DataError(
+      f"{name} {split}: no image in {root!r}, {others} other files;"
+      f" an image ends in {' '.join(IMAGE_SUFFIXES)}"
+    )
+  # Test classes are numbered as the training classes are.
+  named = found.get("train") or _scan(os.path.join(root, folders["train"]))
+  classes = sorted({f.split("/")[0] for f in named[0] if "/" in f})
+  number = {x: i for i, x in enumerate(classes)}
+  paths = [os.path.join(root, folders[x], f) for x, f in files]
+  labels = [number.get(f.split("/")[0], -1) if "/" in f else -1 for _, f in files]
+
+  def read(indices):
+    records = []
+    for i in indices:
+      try:
+        with open(paths[i], "rb") as file:
+          records.append({"image": file.read(), "label": labels[i]})
+      except OSError as error:
+        records.append(error)
+    return records
+
+  return Source(
+    f"{name} {split}", len(paths), _keys(classes), tuple(classes) or None, read=read
+  )
+
+
+def _scan(root):
+  """Images below `root`, relative, in one order on every host; number of others."""
+  found, others, seen = [], 0, set()
+  for folder, inside, names in os.walk(root, followlinks=True):
+    real = os.path.realpath(folder)
+    if real in seen:  # A link that leads back up.
+      inside.clear()
+      continue
+    seen.add(real)
+    inside[:] = [x for x in inside if not x.startswith(".")]
+    relative = os.path.relpath(folder, root)
+    for name in names:
+      if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+        others += 1
+      else:
+        path = os.path.join(relative, name) if relative != "." else name
+        found.append(path.replace(os.sep, "/"))
+  return sorted(found), others
+
+
+# TensorFlow Datasets, read without TensorFlow.
+
+
+def _open_tfds(name, split, data_dir, memory_limit):
+  import tensorflow_datasets as tfds
+
+  data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
+  data_dir = os.path.expanduser(str(data_dir))
+  builder = _prepared(name, data_dir) or _prepare(name, data_dir)
+  info = builder.info
+  formats = info.available_file_formats() | {info.file_format}
+  array_record = tfds.core.FileFormat.ARRAY_RECORD
+  if array_record not in formats:
+    raise DataError(
+      f"{name} in {info.data_dir} is in {info.file_format.value} format, and random"
+      " access needs ArrayRecord; convert it (this needs TensorFlow): python -m"
+      f" tensorflow_datasets.scripts.convert_format --dataset_version_dir="
+      f"{info.data_dir} --out_file_format=array_record --out_dir={info.data_dir}"
+    )
+  features = dict(info.features)
+  if not isinstance(features.get("image"), tfds.features.Image):
+    raise DataError(
+      f"{name} has no feature 'image' that is an image; it has: {', '.join(features)}"
+    )
+  label = features.get("label")
+  wanted = {"image": features["image"]}
+  if isinstance(label, tfds.features.ClassLabel):
+    wanted["label"] = label
+  wanted = tfds.features.FeaturesDict(wanted)
+  try:
+    records = builder.as_data_source(
+      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+  except (ValueError, KeyError, AssertionError) as error:
+    raise DataError(_no_split(name, split, info.splits, error)) from None
+  except FileNotFoundError as error:
+    raise DataError(f"{name} in {info.data_dir}: {_line(error)}") from None
+  if not len(records):
+    raise DataError(f"{name} {split} is empty")
+
+  encoded = {"image": tfds.decode.SkipDecoding()}
+
+  def parse(raw):
+    record = wanted.deserialize_example_np(raw, decoders=encoded)
+    return {"image": record["image"], "label": int(record.get("label", -1))}
+
+  def read(indices):
+    indices = [int(i) for i in indices]
+    try:
+      return [parse(raw) for raw in records.__getitems__(indices)]
+    except Exception as error:
+      # One of them is corrupt: the reader cannot say which.
+      if len(indices) == 1:
+        return [error]
+      return [read([i])[0] for i in indices]
+
+  keys = _keys("label" in wanted)
+  class_names = tuple(label.names) if "label" in wanted else None
+  source = Source(f"{name} {split}", len(records), keys, class_names, read=read)
+  shape = features["image"].shape
+  if None not in shape and len(source) * shape[0] * shape[1] * 3 <= memory_limit:
+    return load(source, shape[:2])
+  return source
+
+
+def load(source: Source, shape: tuple[int, int]) -> Source:
+  """Decodes a source of pictures of one shape (height, width) into arrays.
+
+  A corrupt record becomes a copy of the next good one, its `index` included.
+  """
+  size, block = len(source), 1024
+  arrays = {
+    "index": np.arange(size, dtype=np.int32),
+    "image": np.empty((size, *shape, 3), np.uint8),
+    "label": np.empty(size, np.int32),
+  }
+
+  def fill(start):
+    indices = range(start, min(start + block, size))
+    for i, record in zip(indices, source.read(indices)):
+      try:
+        if isinstance(record, Exception):
+          raise record
+        arrays["image"][i] = images.decode(record["image"])
+        arrays["label"][i] = record["label"]
+      except Exception as error:
+        source.report_bad(i, _line(error))
+
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    list(pool.map(fill, range(0, size, block)))
+  for i in source.bad:
+    good = i
+    while good in source.bad:
+      good = (good + 1) % size
+    for array in arrays.values():
+      array[i] = array[good]
+  arrays = {key: arrays[key] for key in source.keys}
+  return dataclasses.replace(source, arrays=arrays, read=None)
+
+
+def _prepared(name, data_dir):
+  """The builder of what lies prepared in a directory, whatever its code says now."""
+  import tensorflow_datasets as tfds
+
+  try:
+    return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    return None
+  except Exception as error:
+    raise DataError(f"{name} in {data_dir}: {_line(error)}") from None
+
+
+def _prepare(name, data_dir):
+  """Downloads a TFDS data set, or says at once why that is impossible.
+
+  TFDS itself would try for minutes; so its server is asked first, for two seconds.
+  """
+  import tensorflow_datasets as tfds
+
+  ways = (
+    f"prepare it (tfds build {name} --file_format=array_record --data_dir={data_dir}),"
+    " name the directory that holds it (data_dir, or TFDS_DATA_DIR), or take the"
+    " embedded 'shapes' or your own 'folder:/path'"
+  )
+  try:
+    cls = tfds.builder_cls(name.split("/")[0].split(":")[0])
+  except Exception:
+    raise DataError(
+      f"{name!r} is not prepared in {data_dir} and TFDS does not know it: {ways}"
+    ) from None
+  if cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    why = "TFDS cannot download it by itself"
+  elif not _answers(next(iter(cls.url_infos or {}), None)):
+    why = "its server does not answer"
+  else:
+    try:
+      logging.getLogger(__name__).warning("preparing %s in %s", name, data_dir)
+      builder = tfds.builder(name, data_dir=data_dir)
+      builder.download_and_prepare(file_format="array_record")
+      return builder
+    except ImportError as error:
+      why = f"its preparation needs what is not installed ({_line(error)})"
+    except Exception as error:
+      why = f"its preparation failed ({_line(error)})"
+  raise DataError(f"{name} is not prepared in {data_dir} and {why}: {ways}")
+
+
+def _answers(url):
+  """Whether a URL can be fetched, within two seconds, name look-up included."""
+  if url is None:
+    return False
+  answer = []
+
+  def ask():
+    try:
+      urllib.request.urlopen(url, timeout=2).close()
+      answer.append(True)
+    except Exception:
+      pass
+
+  thread = threading.Thread(target=ask, daemon=True)
+  thread.start()
+  thread.join(2)
+  return bool(answer)
