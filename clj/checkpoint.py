@@ -1,12 +1,13 @@
 """Checkpoints: Orbax, asynchronous and atomic, guarded by hashes of their files.
 
     workdir/checkpoints/STEP/   what Orbax wrote: the train state and the clock
-    workdir/hashes/STEP.P.json  size and SHA-256 of each file that process P wrote
-    workdir/damaged/            checkpoints that failed the check, renamed, never deleted
+    workdir/hashes/STEP.P.json  size and SHA-256 of each file of process P
+    workdir/damaged/            what failed the check: renamed, never deleted
 
-Orbax commits a checkpoint by renaming its directory, so that a killed run leaves a whole
-one or none; but it restores a file with a flipped bit without a word. Hence the hashes:
-a background thread writes them once a checkpoint is committed, `restore` checks them.
+Orbax commits a checkpoint by renaming its directory, so that a killed run leaves a
+whole one or none; but it restores a file with a flipped bit without a word. Hence the
+hashes: a background thread writes them once a checkpoint is committed, `restore` checks
+them.
 """
 
 import contextlib
@@ -166,9 +167,9 @@ class Checkpoints:
     while not _committed(path):
       # A newer save may have pushed this one out before we came to look.
       time.sleep(0.02)
-      if self._manager is not None and self._manager.latest_step() not in (None, step):
-        if not path.exists():
-          return
+      newest = max(self.steps(), default=step)
+      if newest > step and not path.exists():
+        return
     process = jax.process_index()
     with contextlib.suppress(FileNotFoundError):
       files = {f: _digest(path / f) for f in _files(path) if _owner(f) == process}

@@ -1,4 +1,4 @@
-"""Starting from other weights: a workdir, one of its checkpoints, or a safetensors file.
+"""Starting from other weights: a workdir, a checkpoint of it, or a safetensors file.
 
 Leaves are matched by name, "params/encoder/conv/kernel", "extra/teacher/...": the name
 in the source is rewritten by the first of the ordered rules (regex, replacement) that
@@ -22,8 +22,8 @@ def init_from(state, path, rename=()):
 
   path: a workdir (its newest intact checkpoint), WORKDIR/checkpoints/STEP, or a
     safetensors file whose tensors are named like leaves, with or without "params/".
-  Returns (state, report). Leaves keep the sharding and dtype they have in `state`; one of
-  another shape is refused and stays fresh. Raises ValueError if nothing fits.
+  Returns (state, report). Leaves keep the sharding and dtype they have in `state`; one
+  of another shape is refused and stays fresh. Raises ValueError if nothing fits.
   """
   found = _read(path)
   target = {"params": state.params, "extra": state.extra}

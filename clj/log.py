@@ -198,7 +198,7 @@ def table(rows: list[tuple], header: tuple[str, ...]) -> str:
 
 
 def grid(pictures: np.ndarray, border: int = 2) -> np.ndarray:
-  """`[rows, columns, H, W, 3]` uint8 -> one picture `[H', W', 3]` with white borders."""
+  """`[rows, columns, H, W, 3]` uint8 -> one picture with white borders."""
   R, C, H, W, _ = pictures.shape
   canvas = np.full(
     (R * (H + border) + border, C * (W + border) + border, 3), 255, np.uint8

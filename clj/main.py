@@ -1,7 +1,7 @@
 """Trains one config: python -m clj.main --config=configs/NAME.py[:VARIANT]
 
-Run it again to go on where it stopped. Exit codes: 0 complete, 1 something that you must
-mend (one line says what), 75 stopped on request: start the same command again.
+Run it again to go on where it stopped. Exit codes: 0 complete, 1 something that you
+must mend (one line says what), 75 stopped on request: start the same command again.
 """
 
 import os
@@ -48,7 +48,8 @@ def default_workdir(config_filename: str) -> str:
   """ "configs/simclr.py:smoke" -> "runs/simclr-smoke"."""
   path, _, variant = config_filename.partition(":")
   name = os.path.splitext(os.path.basename(path))[0]
-  return os.path.join("runs", f"{name}-{re.sub(r'[^\w.-]+', '-', variant or 'demo')}")
+  variant = re.sub(r"[^\w.-]+", "-", variant or "demo")
+  return os.path.join("runs", f"{name}-{variant}")
 
 
 def user_errors() -> tuple:

@@ -1,7 +1,7 @@
 """The train step and the loop around it. No method is named in here.
 
-    restore -> for each step: next batch -> dispatch the step -> write the metrics of the
-    one before -> maybe evaluate -> maybe checkpoint
+    restore -> for each step: next batch -> dispatch the step -> write the metrics of
+    the one before -> maybe evaluate -> maybe checkpoint
 
 Randomness is a function of (seed, step, row of the global batch), data of the step: the
 same command gives the same run, however often it is killed and on any mesh.
@@ -25,8 +25,8 @@ from clj import optim as optimisers
 from clj.data import pipeline, sources
 from clj.evaluate import best_metric, make_evaluate, summary
 from clj.init_from import init_from as start_from
-from clj.method import Method, with_probe
-from clj.methods import METHODS
+from clj.method import Method
+from clj.methods import make_method
 
 COMPLETE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start the same command again
 
@@ -39,16 +39,6 @@ class TrainState:
   params: Any
   extra: Any
   opt_state: Any
-
-
-def make_method(method: dict, model: dict) -> Method:
-  """The method that the sections `method` and `model` of a config describe."""
-  kwargs = dict(method)
-  name, classes = kwargs.pop("name"), kwargs.pop("probe_classes", 0)
-  if name not in METHODS:
-    raise ValueError(f"no method {name!r}; there are: {', '.join(METHODS)}")
-  made = METHODS[name](model=model, **kwargs)
-  return with_probe(made, classes) if classes else made
 
 
 def make_augment(data: dict) -> Callable:
@@ -181,7 +171,9 @@ def train(
     return COMPLETE
   profile_from, profile_to = _profile_steps(profile)
 
-  source = sources.open_source(data["source"], data["train_split"], data["data_dir"])
+  source = sources.open_source(
+    data["source"], data["train_split"], data["data_dir"] or None
+  )
   read = lambda step, rows: contextlib.closing(
     pipeline.batches(
       source,
@@ -193,13 +185,15 @@ def train(
       views=data["views"],
       scale=data["crop_scale"],
       ratio=data["crop_ratio"],
-      threads=data["threads"],
+      threads=data["threads"] or None,
     )
   )
   with read(0, (0, 1)) as one_row:
     shapes = {
       key: jax.ShapeDtypeStruct(
-        (batch_size, *rows.shape[1:]), rows.dtype, sharding=sharding.batch_sharding(grid)
+        (batch_size, *rows.shape[1:]),
+        rows.dtype,
+        sharding=sharding.batch_sharding(grid),
       )
       for key, rows in next(one_row).items()
     }
@@ -217,7 +211,12 @@ def train(
       optim=optim,
     )
     evaluate = make_evaluate(
-      program.method.embed, source, data=data, evals=evals, batch_size=batch_size
+      program.method.embed,
+      program.augment,
+      source,
+      data=data,
+      evals=evals,
+      batch_size=batch_size,
     )
     restored = checkpoints.restore(program.state)
     if restored is None:
@@ -259,7 +258,9 @@ def train(
 
     def evaluate_now(step):
       with meter.pause():
-        found = evaluate(state, step, step == total_steps, writer, stopping)
+        found = evaluate(
+          state.params, state.extra, step, step == total_steps, writer, stopping
+        )
       if found is not None:  # else stopped in the middle; done again after the restart
         writer.write(step, found)
         scores.update(found)

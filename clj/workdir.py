@@ -1,4 +1,4 @@
-"""What a workdir was trained with: config.json, the guard against mixing two recipes."""
+"""config.json: what a workdir was trained with; the guard against another recipe."""
 
 import json
 import subprocess

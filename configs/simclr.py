@@ -70,7 +70,7 @@ def demo():
     {
       "name": "sgd",
       "learning_rate": 0.3,
-      "warmup_steps": 20,
+      "warmup_fraction": 0.05,
     }
   )
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that remain
@@ -92,4 +92,7 @@ def smoke():
   c.eval_every = 0
   c.checkpoint_every = 0
   c.model = ConfigDict({"name": "resnet_test"})
+  c.data.train_split = "train[:512]"
+  c.data.test_split = "test[:256]"
+  c.evals = ConfigDict({"knn": {"k": 20, "temperature": 0.1}})
   return c

@@ -1,0 +1,244 @@
+"""The loop: compiles once, resumes bit for bit, stops when told, errors in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from clj import checkpoint, log, workdir
+from clj.train import train
+from configs import simclr
+
+STEPS = ("--config.total_steps=12", "--config.checkpoint_every=3")
+
+
+def smoke(**changes):
+  config = simclr.get_config("smoke").to_dict()
+  return config | {"log_every": 1, "checkpoint_every": 2, "evals": {}} | changes
+
+
+def command(directory, *arguments):
+  return [
+    sys.executable,
+    "-m",
+    "clj.main",
+    "--config=configs/simclr.py:smoke",
+    f"--workdir={directory}",
+    *arguments,
+  ]
+
+
+def environment(tmp_path_factory):
+  cache = tmp_path_factory.getbasetemp() / "child-cache"
+  return os.environ | {
+    "JAX_NUM_CPU_DEVICES": "2",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+  }
+
+
+def final_state(directory):
+  checkpoints = checkpoint.Checkpoints(directory)
+  step = checkpoints.steps()[-1]
+  tree = checkpoints.restore_tree(step)
+  return step, {k: np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("uninterrupted")
+  done = subprocess.run(
+    command(directory, *STEPS),
+    env=environment(tmp_path_factory),
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return directory
+
+
+def wait_for(condition, child):
+  until = time.monotonic() + 120
+  while not condition():
+    assert child.poll() is None, "the run ended before the moment came"
+    assert time.monotonic() < until
+    time.sleep(0.001)
+
+
+def test_killed_runs_resume_bit_for_bit(uninterrupted, tmp_path, tmp_path_factory):
+  rng = np.random.default_rng()
+  after = int(rng.integers(4, 9))
+  env = environment(tmp_path_factory)
+
+  def reached():
+    return any(m["step"] >= after for m in log.read_metrics(tmp_path))
+
+  def saving():
+    directory = tmp_path / "checkpoints"
+    return directory.exists() and any(
+      "tmp" in p.name for p in directory.iterdir() if not p.name.startswith("3")
+    )
+
+  for moment in (reached, saving):
+    child = subprocess.Popen(
+      command(tmp_path, *STEPS), env=env, stdout=subprocess.DEVNULL
+    )
+    wait_for(moment, child)
+    child.kill()
+    child.wait()
+  done = subprocess.run(
+    command(tmp_path, *STEPS), env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert "going on from step" in done.stdout, after
+  step, state = final_state(tmp_path)
+  expected_step, expected = final_state(uninterrupted)
+  assert step == expected_step == 12
+  for path, value in expected.items():
+    np.testing.assert_array_equal(state[path], value, err_msg=str(path))
+  lines = [
+    [(m["step"], m.get("train/loss")) for m in log.read_metrics(d)]
+    for d in (tmp_path, uninterrupted)
+  ]
+  assert lines[0] == lines[1], after
+  again = subprocess.run(
+    command(tmp_path, *STEPS), env=env, capture_output=True, text=True
+  )
+  assert again.returncode == 0 and "complete, all 12 steps" in again.stdout
+
+
+def test_sigterm_saves_and_exits_75(uninterrupted, tmp_path, tmp_path_factory):
+  env = environment(tmp_path_factory)
+  child = subprocess.Popen(
+    command(tmp_path, *STEPS), env=env, stdout=subprocess.PIPE, text=True
+  )
+  wait_for(lambda: len(log.read_metrics(tmp_path)) >= 4, child)
+  child.send_signal(signal.SIGTERM)
+  out, _ = child.communicate(timeout=60)
+  assert child.returncode == 75
+  step = checkpoint.Checkpoints(tmp_path).steps()[-1]
+  assert f"saved at step {step}" in out and step >= 4
+
+
+def count_compilations(function):
+  compiled = []
+
+  def listen(event, duration, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(kwargs.get("fun_name"))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    function()
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  return compiled
+
+
+def test_step_compiles_once_over_evaluation_save_and_restore(tmp_path):
+  evals = {"knn": {"k": 20, "temperature": 0.1}}
+  config = smoke(total_steps=6, eval_every=2, evals=evals)
+  first = count_compilations(lambda: train(tmp_path, **config))
+  assert sum(name == "jit(train_step)" or name == "train_step" for name in first) == 1
+  # From a checkpoint: the restored state is laid out as the initialised one was.
+  import shutil
+
+  shutil.rmtree(tmp_path / "checkpoints" / "6")
+  again = count_compilations(lambda: train(tmp_path, **config))
+  assert sum("train_step" in str(name) for name in again) <= 1
+
+
+def test_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+  config = smoke(total_steps=40, checkpoint_every=1)
+  config["optim"] |= {"learning_rate": 1e30, "warmup_steps": 0}
+  with pytest.raises(FloatingPointError, match=r"not finite at step \d+"):
+    train(tmp_path, **config)
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  for step in checkpoints.steps():
+    for leaf in jax.tree.leaves(checkpoints.restore_tree(step)):
+      if leaf.dtype == np.float32:
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
+def test_another_config_in_the_same_workdir_is_refused(tmp_path):
+  config = smoke()
+  assert train(tmp_path, **config) == 0
+  changed = smoke(seed=5)
+  changed["data"] = changed["data"] | {"size": 16}
+  with pytest.raises(ValueError) as error:
+    train(tmp_path, **changed)
+  message = str(error.value)
+  assert "seed 0 -> 5" in message and "data.size 32 -> 16" in message
+  assert "init_from" in message and "\n" not in message
+  # What does not change the result may change.
+  free = smoke(
+    log_every=2, eval_every=7, checkpoint_every=1, mesh={"data": 4, "fsdp": 2}
+  )
+  assert train(tmp_path, **free) == 0
+
+
+def test_config_json_keeps_every_version(tmp_path):
+  train(tmp_path, **smoke(total_steps=2))
+  history = json.loads((tmp_path / "config.json").read_text())
+  assert history[0]["step"] == 0 and "jax" in history[0]["versions"]
+  assert workdir.read_config(tmp_path)["total_steps"] == 2
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"batch_size": 12}, "batch_size 12 does not divide over 8 devices; use 8 or 16"),
+    ({"total_steps": 0}, "total_steps is 0"),
+    ({"mesh": {"data": 3, "fsdp": 1}}, "data=3"),
+    ({"profile": "5"}, "profile is '5'"),
+    ({"evals": {"nearest": {}}}, "no evaluation 'nearest'"),
+    ({"method": {"name": "simclear"}}, "no method 'simclear'; there are: simclr"),
+  ],
+)
+def test_bad_values_are_one_line(tmp_path, change, message):
+  with pytest.raises(ValueError) as error:
+    train(tmp_path, **smoke(**change))
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config=configs/simclr.py:smok"], "no variant 'smok'; there are: demo"),
+    (["--config=configs/simclr.py:smoke", "--config.batchsize=4"], "batch_size"),
+    (["--config=configs/simclr.py:smoke", "--config.batch_size=x"], "batch_size"),
+    ([], "--config"),
+  ],
+)
+def test_command_line_errors_are_one_line(arguments, message):
+  done = subprocess.run(
+    [sys.executable, "-m", "clj.main", *arguments], capture_output=True, text=True
+  )
+  assert done.returncode == 1
+  assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, (
+    done.stderr
+  )
+
+
+def test_profile_writes_a_trace(tmp_path):
+  train(tmp_path, **smoke(profile="0:1"))
+  assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_init_from_a_workdir(tmp_path, capsys):
+  train(tmp_path / "first", **smoke())
+  started = smoke(init_from=str(tmp_path / "first"), total_steps=1, seed=3)
+  started["optim"] |= {"learning_rate": 0.0}
+  train(tmp_path / "second", **started)
+  assert "arrays taken" in capsys.readouterr().out
+  _, first = final_state(tmp_path / "first")
+  _, second = final_state(tmp_path / "second")
+  for path, value in first.items():
+    if "params" in str(path[0]):
+      np.testing.assert_array_equal(second[path], value)
