@@ -1,0 +1,617 @@
+"""Tiled log-sum-exp: the one primitive behind the softmax losses.
+
+For rows x_i and columns y_j the logits are
+
+    s_ij = scale * (<x_i, y_j> - reference_i) + bias_j
+
+and the primitive returns, for every row, the log-sum-exp of s_ij over the columns that
+are not masked. No matrix of logits exists at any time: both passes recompute it tile by
+tile, and the backward pass is written out (`custom_vjp`).
+
+The positive is kept apart. With the positive's similarity as the reference, the result
+is m_i = logsumexp_{j != pos} s_ij - s_i,pos, the cross entropy of the row is
+`softplus(m_i)`, and its derivative `sigmoid(m_i)` is never a difference of nearly equal
+numbers, however well the pairs are aligned. More columns (a queue, hard negatives) are
+`logaddexp` of two results with the same reference.
+
+Arrays are global. Under `jax.set_mesh` rows are split over the batch axes of the mesh;
+each device gathers every side once, and O(B) scalars, and no gradient ever travels but
+the sum of the scale's. With `axis_name` the arrays are local shards inside the caller's
+own `shard_map` or `pmap`; there the gradient is that of the sum over the axis.
+
+Operands keep their dtype (float32 products have `precision=HIGHEST`), everything else
+is float32.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that split a batch, see clj/sharding.py
+
+
+def log_sum_exp(
+  x,
+  y,
+  scale,
+  *,
+  aligned=False,
+  reference=None,
+  bias=None,
+  y_scale=None,
+  row_ids=None,
+  col_ids=None,
+  normalize=False,
+  axis_name=None,
+):
+  """Log-sum-exp over the columns y of every row x, relative to the positive.
+
+  x: `[n, d]`; y: `[m, d]`, same dtype. scale: scalar, multiplies the similarities.
+  aligned: the positive of row i is column i (n = m); it is left out of the sum and its
+    similarity is the reference.
+  reference: `[n]`, similarity of each row's positive where it is not in `aligned`
+    position (differentiable; 0 where not given). In units of <x, y>, before the scale.
+  bias: `[m]`, added to the logits of a column, after the scale (logQ correction).
+  y_scale: `[m]`, multiplies the similarities of a column.
+  row_ids, col_ids: int `[n]`, `[m]`; columns with the id of the row are left out: the
+    positive, duplicates, accidental hits. With `aligned`, the default is the position.
+  normalize: the rows of x and y are L2-normalised first.
+  axis_name: x, y, ... are local shards over this axis of a `shard_map` or `pmap`.
+
+  Returns `[n]` float32: m_i = logsumexp_j s_ij - scale * reference_i, -inf where every
+  column is masked. Differentiable in x, y, scale, reference, bias and y_scale.
+  """
+  n, m = x.shape[0], y.shape[0]
+  if aligned and n != m:
+    raise ValueError(f"aligned rows and columns differ in number: {n} and {m}")
+  if (row_ids is None) != (col_ids is None):
+    raise ValueError("row_ids and col_ids are given together or not at all")
+  plan = _plan("rows", aligned, normalize, axis_name)
+  if aligned and row_ids is None:
+    row_ids = col_ids = positions(n, plan.axis_name)
+  arrays = _Arrays(x, y, scale, reference, bias, y_scale, row_ids, col_ids)
+  if plan.mesh_axes and m % devices(plan.mesh_axes):
+    arrays = _pad_columns(arrays, -m % devices(plan.mesh_axes))
+  return _log_sum_exp(plan, arrays)[0]
+
+
+def log_sum_exp_pair(x, y, scale, *, ids=None, normalize=False, axis_name=None):
+  """Both directions of `log_sum_exp(aligned=True)` over the same logits.
+
+  x, y: `[n, d]`, pairs; ids: int `[n]`, pairs of equal id are no negatives.
+  Returns `[n], [n]`: every x over the y, every y over the x. One device computes each
+  logit once a pass.
+  """
+  plan = _plan("pair", True, normalize, axis_name)
+  ids = positions(x.shape[0], plan.axis_name) if ids is None else ids
+  return _log_sum_exp(plan, _Arrays(x, y, scale, None, None, None, ids, ids))
+
+
+def log_sum_exp_self(z1, z2, scale, *, ids=None, normalize=False, axis_name=None):
+  """Every row of two views over all the rows of both, itself and its partner left out.
+
+  z1, z2: `[n, d]`, partners; ids: int `[n]`, pairs of equal id are no negatives.
+  Returns `[n], [n]`, relative to the partner's similarity. One device computes each of
+  the symmetric logits once a pass.
+  """
+  plan = _plan("self", True, normalize, axis_name)
+  ids = positions(z1.shape[0], plan.axis_name) if ids is None else ids
+  return _log_sum_exp(plan, _Arrays(z1, z2, scale, None, None, None, ids, ids))
+
+
+class _Plan(NamedTuple):
+  """What is static: the shape of the computation and where its rows are."""
+
+  mode: str  # "rows", "pair" or "self"
+  aligned: bool
+  normalize: bool
+  mesh_axes: tuple[str, ...]  # global arrays, split over these axes of the mesh
+  axis_name: Any  # local arrays, split over this axis by the caller
+
+
+class _Arrays(NamedTuple):
+  x: Any
+  y: Any
+  scale: Any
+  reference: Any
+  bias: Any
+  y_scale: Any
+  row_ids: Any
+  col_ids: Any
+
+
+class _Side(NamedTuple):
+  """The rows or the columns of a tile loop, and what belongs to each of them."""
+
+  z: Any
+  norm: Any  # factor of the similarities, [n] or None
+  bias: Any
+  ids: Any
+  stats: Any = None  # _Stats of the softmax of each row of this side, or None
+
+
+class _Stats(NamedTuple):
+  reference: Any
+  lse: Any
+  g: Any = None  # cotangent of lse
+
+
+def _plan(mode, aligned, normalize, axis_name):
+  return _Plan(mode, aligned, normalize, *placement(axis_name))
+
+
+def placement(axis_name):
+  """Where the rows of a batch are: `(mesh axes that split it, axis_name)`."""
+  if axis_name is not None:
+    return (), axis_name
+  mesh = jax.sharding.get_abstract_mesh()
+  types = dict(zip(mesh.axis_names, mesh.axis_types))
+  manual = AxisType.Manual
+  axes = tuple(a for a in BATCH_AXES if types.get(a, manual) != manual)
+  if devices(axes) == 1:
+    axes = ()
+  return axes, None
+
+
+def devices(mesh_axes):
+  mesh = jax.sharding.get_abstract_mesh()
+  return int(np.prod([mesh.shape[axis] for axis in mesh_axes]))
+
+
+def positions(n, axis_name):
+  start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+  return jnp.arange(n, dtype=jnp.int32) + start
+
+
+def _pad_columns(arrays, extra):
+  """Adds columns that no row sees, so that the devices divide their number."""
+
+  def pad(a, value):
+    return jnp.pad(a, [(0, extra)] + [(0, 0)] * (a.ndim - 1), constant_values=value)
+
+  m = arrays.y.shape[0]
+  bias = jnp.zeros((m,), jnp.float32) if arrays.bias is None else arrays.bias
+  return arrays._replace(
+    y=pad(arrays.y, 0),
+    bias=pad(bias, -jnp.inf),
+    y_scale=None if arrays.y_scale is None else pad(arrays.y_scale, 1),
+    col_ids=None if arrays.col_ids is None else pad(arrays.col_ids, -1),
+  )
+
+
+# The differentiation rule stands outside shard_map, so that nothing is transposed.
+
+
+def _log_sum_exp(plan, arrays):
+  scale = jnp.asarray(arrays.scale, jnp.float32)
+  if plan.axis_name is not None:
+    scale = vary(scale, plan.axis_name)
+  for array in arrays.x, arrays.y:
+    if array.ndim != 2 or array.shape[1] != arrays.x.shape[1]:
+      raise ValueError(
+        f"embeddings are [n, d] of one width, got {arrays.x.shape} and {arrays.y.shape}"
+      )
+  if plan.aligned and arrays.x.shape != arrays.y.shape:
+    raise ValueError(f"pairs differ in shape: {arrays.x.shape} and {arrays.y.shape}")
+  if plan.mesh_axes:
+    check_divides(arrays.x.shape[0], devices(plan.mesh_axes), plan.mesh_axes)
+  dtype = jnp.result_type(arrays.x, arrays.y)
+  x, y = arrays.x.astype(dtype), arrays.y.astype(dtype)
+  return _primitive(plan, arrays._replace(x=x, y=y, scale=scale))
+
+
+def check_divides(rows, devices, axes):
+  if rows % devices:
+    raise ValueError(
+      f"a batch of {rows} does not divide over the {devices} devices of mesh axes "
+      f"{', '.join(axes)}; use a multiple of {devices}"
+    )
+
+
+def vary(a, axis_name):
+  """Marks a replicated array as varying over the caller's axis."""
+  axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+  axes = tuple(axis for axis in axes if axis not in jax.typeof(a).mat.varying)
+  return jax.lax.pcast(a, axes, to="varying") if axes else a
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _primitive(plan, arrays):
+  return _primitive_fwd(plan, arrays)[0]
+
+
+def _primitive_fwd(plan, arrays):
+  if not plan.mesh_axes:
+    out, gathered = _local_forward(plan, plan.axis_name, arrays)
+  else:
+    rows = PartitionSpec(plan.mesh_axes)
+    out, gathered = jax.shard_map(
+      functools.partial(_local_forward, plan, plan.mesh_axes),
+      in_specs=(_specs(arrays, rows),),
+      out_specs=(rows, PartitionSpec()),
+      axis_names=set(plan.mesh_axes),
+      check_vma=False,
+    )(arrays)
+  return out, (arrays, out, gathered)
+
+
+def _primitive_bwd(plan, residuals, g):
+  arrays, out, gathered = residuals
+  if not plan.mesh_axes:
+    grads = _local_backward(plan, plan.axis_name, arrays, out, gathered, g)
+  else:
+    rows = PartitionSpec(plan.mesh_axes)
+
+    def backward(*args):
+      grads = _local_backward(plan, plan.mesh_axes, *args)
+      return grads._replace(scale=jax.lax.psum(grads.scale, plan.mesh_axes))
+
+    specs = _specs(arrays, rows)
+    grads = jax.shard_map(
+      backward,
+      in_specs=(specs, rows, PartitionSpec(), rows),
+      out_specs=specs._replace(row_ids=None, col_ids=None),
+      axis_names=set(plan.mesh_axes),
+      check_vma=False,
+    )(arrays, out, gathered, g)
+  return (grads,)
+
+
+_primitive.defvjp(_primitive_fwd, _primitive_bwd)
+
+
+def _specs(arrays, rows):
+  specs = _Arrays(*[None if a is None else rows for a in arrays])
+  return specs._replace(scale=PartitionSpec())
+
+
+# One device's part. `axes` are the axes over which the rows are split, None on one.
+
+
+def _local_forward(plan, axes, arrays):
+  x, y = _sides(plan, arrays)
+  reference = _references(plan, arrays, x, y)
+  scale = arrays.scale
+  if axes is None:
+    both, triangle = plan.mode == "pair", plan.mode == "self"
+    reference_y = reference if both else None
+    lse_x, lse_y = _forward(x, y, scale, reference, reference_y, triangle, axes)
+    return _split(plan, lse_x, lse_y), None
+  gathered = gather(y, axes)
+  if plan.mode == "pair":
+    reference_y = gather(reference, axes)
+    lse_x, partial_y = _forward(
+      x, gathered, scale, reference, reference_y, False, axes, reduce=axes
+    )
+    return (lse_x, partial_y), gathered
+  lse_x, _ = _forward(x, gathered, scale, reference, None, False, axes)
+  return _split(plan, lse_x, None), gathered
+
+
+def _split(plan, lse_x, lse_y):
+  if plan.mode == "rows":
+    return (lse_x,)
+  if plan.mode == "pair":
+    return lse_x, lse_y
+  return tuple(jnp.split(lse_x, 2))
+
+
+def _local_backward(plan, axes, arrays, out, gathered, g):
+  x, y = _sides(plan, arrays)
+  reference = _references(plan, arrays, x, y)
+  scale = arrays.scale
+  if plan.mode == "self":
+    out, g = jnp.concatenate(out), jnp.concatenate(g)
+    x = y = x._replace(stats=_Stats(reference, out, g))
+  else:
+    x = x._replace(stats=_Stats(reference, out[0], g[0]))
+    if plan.mode == "pair":
+      y = y._replace(stats=_Stats(reference, out[1], g[1]))
+  # The scale's gradient is summed around the mean reference, against cancellation.
+  center = jnp.mean(reference)
+  if axes is None:
+    triangle = plan.mode == "self"
+    dx, dy, dscale, dbias = _backward(x, y, scale, center, True, triangle, axes)
+  else:
+    center = jax.lax.pmean(center, axes)
+    all_y = gathered._replace(stats=gather(y.stats, axes))
+    dx, _, dscale, dbias = _backward(x, all_y, scale, center, False, False, axes)
+    if plan.mode != "self":
+      all_x = gather(x, axes)
+      dy, _, _, dbias = _backward(y, all_x, scale, center, False, False, axes)
+
+  dscale -= jnp.sum(x.stats.g * (reference - center))
+  if plan.mode == "pair":
+    dscale -= jnp.sum(y.stats.g * (reference - center))
+  if plan.mode == "self":
+    g = x.stats.g + jnp.roll(x.stats.g, len(x.stats.g) // 2)
+    dx -= g[:, None] * _unit(x._replace(z=jnp.concatenate([arrays.y, arrays.x])), True)
+    dx, dy = jnp.split(dx, 2)
+  elif plan.aligned:
+    g = x.stats.g if plan.mode == "rows" else x.stats.g + y.stats.g
+    dx -= g[:, None] * _unit(y)
+    dy -= g[:, None] * _unit(x)
+  dx, dy = scale * dx, scale * dy
+
+  dy_scale = None
+  if arrays.y_scale is not None:
+    unit = arrays.y.astype(jnp.float32)
+    if plan.normalize:
+      unit *= inverse_norm(arrays.y)[:, None]
+    dy_scale = jnp.sum(unit * dy, axis=1).astype(arrays.y_scale.dtype)
+    dy *= arrays.y_scale.astype(jnp.float32)[:, None]
+  if plan.normalize:
+    dx, dy = normalize_vjp(arrays.x, dx), normalize_vjp(arrays.y, dy)
+  return _Arrays(
+    x=dx.astype(arrays.x.dtype),
+    y=dy.astype(arrays.y.dtype),
+    scale=dscale,
+    reference=None
+    if arrays.reference is None
+    else (-scale * x.stats.g).astype(arrays.reference.dtype),
+    bias=None if arrays.bias is None else dbias.astype(arrays.bias.dtype),
+    y_scale=dy_scale,
+    row_ids=None,
+    col_ids=None,
+  )
+
+
+def _sides(plan, arrays):
+  """The rows and columns on this device."""
+  norm_x = norm_y = None
+  if plan.normalize:
+    norm_x, norm_y = inverse_norm(arrays.x), inverse_norm(arrays.y)
+  if plan.mode == "self":
+    z = jnp.concatenate([arrays.x, arrays.y])
+    norm = None if norm_x is None else jnp.concatenate([norm_x, norm_y])
+    side = _Side(z, norm, None, jnp.concatenate([arrays.row_ids, arrays.col_ids]))
+    return side, side
+  if arrays.y_scale is not None:
+    y_scale = arrays.y_scale.astype(jnp.float32)
+    norm_y = y_scale if norm_y is None else norm_y * y_scale
+  bias = None if arrays.bias is None else arrays.bias.astype(jnp.float32)
+  return (
+    _Side(arrays.x, norm_x, None, arrays.row_ids),
+    _Side(arrays.y, norm_y, bias, arrays.col_ids),
+  )
+
+
+def _references(plan, arrays, x, y):
+  if plan.mode == "self":
+    b = arrays.x.shape[0]
+    c = jnp.sum(_f32(arrays.x) * _f32(arrays.y), axis=1)
+    c = c if x.norm is None else c * x.norm[:b] * x.norm[b:]
+    return jnp.concatenate([c, c])
+  if plan.aligned:
+    c = jnp.sum(_f32(arrays.x) * _f32(arrays.y), axis=1)
+    c = c if x.norm is None else c * x.norm
+    return c if y.norm is None else c * y.norm
+  if arrays.reference is not None:
+    return _f32(arrays.reference)
+  return jnp.zeros_like(arrays.x[:, 0], jnp.float32)
+
+
+def _f32(a):
+  return a.astype(jnp.float32)
+
+
+def _unit(side, swapped=False):
+  if side.norm is None:
+    return _f32(side.z)
+  norm = jnp.roll(side.norm, len(side.norm) // 2) if swapped else side.norm
+  return _f32(side.z) * norm[:, None]
+
+
+def gather(tree, axes):
+  """Every device's shard, in the order of the rows."""
+  return jax.tree.map(lambda a: jax.lax.all_gather(a, axes, tiled=True), tree)
+
+
+EPSILON = 1e-12  # of the squared norm, as in TensorFlow's l2_normalize
+
+
+def inverse_norm(z):
+  """`[n]` float32: 1 / |z_i|, bounded by 1e6."""
+  return jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(_f32(z)), axis=1), EPSILON))
+
+
+def normalize_vjp(z, d):
+  """The gradient of z from that of z / |z|; 0 for rows of norm below 1e-6."""
+  norm = inverse_norm(z)
+  unit = _f32(z) * norm[:, None]
+  norm = jnp.where(jnp.square(norm) < 1 / EPSILON, norm, 0.0)
+  return norm[:, None] * (d - unit * jnp.sum(unit * d, axis=1, keepdims=True))
+
+
+# The tile loops.
+
+
+def tile_sizes(n, m):
+  return min(n, 512), min(m, 1024)
+
+
+def tile_table(n, m, tile_n, tile_m, triangle):
+  rows, cols = -(-n // tile_n), -(-m // tile_m)
+  table = [(i, j) for i in range(rows) for j in range(cols) if j >= i or not triangle]
+  return np.array(table, np.int32)
+
+
+def take(side, i, size):
+  """Tile i of a side, and the mask of its rows that an earlier tile has not covered."""
+  n = side.z.shape[0]
+  tile = jax.tree.map(
+    lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size), side
+  )  # the start of the last tile is moved back where it would run over the end
+  if n % size == 0:
+    return tile, None
+  return tile, jnp.arange(size) + jnp.minimum(i * size, n - size) >= i * size
+
+
+def add(a, i, size, tile):
+  start = i * size
+  old = jax.lax.dynamic_slice_in_dim(a, start, size)
+  return jax.lax.dynamic_update_slice_in_dim(a, old + tile, start, 0)
+
+
+def product(a, b, dims):
+  """Contraction of two tiles, accumulated in float32."""
+  return jax.lax.dot_general(
+    a,
+    b,
+    (dims, ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _similarities(x, y, fresh_x, fresh_y):
+  c = product(x.z, y.z, ((1,), (1,)))
+  if x.norm is not None:
+    c *= x.norm[:, None]
+  if y.norm is not None:
+    c *= y.norm[None, :]
+  keep = None
+  if x.ids is not None:
+    keep = x.ids[:, None] != y.ids[None, :]
+  for fresh in (fresh_x, None), (None, fresh_y):
+    if fresh != (None, None):
+      line = fresh[0][:, None] if fresh[0] is not None else fresh[1][None, :]
+      keep = jnp.broadcast_to(line, c.shape) if keep is None else keep & line
+  return c, keep
+
+
+def _logits(c, keep, scale, reference, x, y):
+  s = scale * (c - reference)
+  if x.bias is not None:
+    s += x.bias[:, None]
+  if y.bias is not None:
+    s += y.bias[None, :]
+  return s if keep is None else jnp.where(keep, s, -jnp.inf)
+
+
+def _finite(m):
+  return jnp.where(m == -jnp.inf, 0.0, m)
+
+
+def _merge(stats, i, size, s, axis, weight):
+  """Adds the logits of a tile to the running maximum and sum of its lines."""
+  top, total = stats
+  old_top = jax.lax.dynamic_slice_in_dim(top, i * size, size)
+  old_total = jax.lax.dynamic_slice_in_dim(total, i * size, size)
+  new_top = jnp.maximum(old_top, jnp.max(s, axis=axis))
+  shift = _finite(new_top)
+  e = jnp.exp(s - jnp.expand_dims(shift, axis))
+  new_total = old_total * jnp.exp(old_top - shift) + weight * jnp.sum(e, axis=axis)
+  return (
+    jax.lax.dynamic_update_slice_in_dim(top, new_top, i * size, 0),
+    jax.lax.dynamic_update_slice_in_dim(total, new_total, i * size, 0),
+  )
+
+
+def zeros(shape, axes, value=0.0):
+  a = jnp.full(shape, value, jnp.float32)
+  return a if axes is None else vary(a, axes)
+
+
+def _forward(x, y, scale, reference_x, reference_y, triangle, axes, reduce=None):
+  n, m = x.z.shape[0], y.z.shape[0]
+  tile_n, tile_m = tile_sizes(n, m)
+  if triangle:
+    tile_n = tile_m = min(tile_n, tile_m)
+  x = x._replace(stats=_Stats(reference_x, None))
+  y = y._replace(stats=_Stats(reference_y, None))
+
+  def step(carry, ij):
+    rows, cols = carry
+    i, j = ij
+    tile_x, fresh_x = take(x, i, tile_n)
+    tile_y, fresh_y = take(y, j, tile_m)
+    c, keep = _similarities(tile_x, tile_y, fresh_x, fresh_y)
+    # A tile on the diagonal of a symmetric matrix is its own mirror image: it counts
+    # half as rows and half as columns.
+    weight = jnp.where(i == j, 0.5, 1.0) if triangle else 1.0
+    s = _logits(c, keep, scale, tile_x.stats.reference[:, None], tile_x, tile_y)
+    rows = _merge(rows, i, tile_n, s, 1, weight)
+    if triangle:
+      reference = take(x, j, tile_m)[0].stats.reference
+      s = _logits(c, keep, scale, reference[None, :], tile_x, tile_y)
+      rows = _merge(rows, j, tile_m, s, 0, weight)
+    elif reference_y is not None:
+      reference = tile_y.stats.reference
+      s = _logits(c, keep, scale, reference[None, :], tile_x, tile_y)
+      cols = _merge(cols, j, tile_m, s, 0, 1.0)
+    return (rows, cols), None
+
+  start = lambda k: (zeros((k,), axes, -jnp.inf), zeros((k,), axes))
+  cols = None if reference_y is None else start(m)
+  table = tile_table(n, m, tile_n, tile_m, triangle)
+  (rows, cols), _ = jax.lax.scan(step, (start(n), cols), (table[:, 0], table[:, 1]))
+  if cols is not None and reduce is not None:
+    top = jax.lax.pmax(cols[0], reduce)
+    total = cols[1] * jnp.exp(cols[0] - _finite(top))
+    total = jax.lax.psum_scatter(total, reduce, tiled=True)
+    k = m // jax.lax.axis_size(reduce)
+    top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(reduce) * k, k)
+    cols = top, total
+  finish = lambda top, total: _finite(top) + jnp.log(total)
+  return finish(*rows), None if cols is None else finish(*cols)
+
+
+def _backward(x, y, scale, center, want_y, triangle, axes):
+  """Sums over j of w_ij y_j, over i of w_ij x_i, and of w_ij (c_ij - center).
+
+  w_ij is the derivative in s_ij of the sum of g * lse over the softmaxes of the rows
+  (where x has stats) and of the columns (where y has).
+  """
+  (n, d), m = x.z.shape, y.z.shape[0]
+  tile_n, tile_m = tile_sizes(n, m)
+  if triangle:
+    tile_n = tile_m = min(tile_n, tile_m)
+
+  def probabilities(c, keep, axis, stats, x, y):
+    line = lambda a: jnp.expand_dims(a, axis)
+    s = _logits(c, keep, scale, line(stats.reference), x, y)
+    return line(stats.g) * jnp.exp(s - line(_finite(stats.lse)))
+
+  def step(carry, ij):
+    dx, dy, dscale, dbias = carry
+    i, j = ij
+    tile_x, fresh_x = take(x, i, tile_n)
+    tile_y, fresh_y = take(y, j, tile_m)
+    c, keep = _similarities(tile_x, tile_y, fresh_x, fresh_y)
+    w = 0.0
+    if x.stats is not None:
+      w += probabilities(c, keep, 1, tile_x.stats, tile_x, tile_y)
+    if y.stats is not None:
+      w += probabilities(c, keep, 0, tile_y.stats, tile_x, tile_y)
+    if triangle:
+      w *= jnp.where(i == j, 0.5, 1.0)
+    dscale += jnp.sum(w * (c - center))
+    if x.bias is not None:
+      dbias = add(dbias, i, tile_n, jnp.sum(w, axis=1))
+    if y.bias is not None and want_y:
+      dbias = add(dbias, j, tile_m, jnp.sum(w, axis=0))
+    w_y = w if y.norm is None else w * tile_y.norm[None, :]
+    dx = add(dx, i, tile_n, product(w_y.astype(y.z.dtype), tile_y.z, ((1,), (0,))))
+    if want_y:
+      w_x = w if x.norm is None else w * tile_x.norm[:, None]
+      d_tile = product(w_x.astype(x.z.dtype), tile_x.z, ((0,), (0,)))
+      if triangle:
+        dx = add(dx, j, tile_m, d_tile)
+      else:
+        dy = add(dy, j, tile_m, d_tile)
+    return (dx, dy, dscale, dbias), None
+
+  dy = zeros((m, d), axes) if want_y and not triangle else None
+  dbias = None
+  if x.bias is not None:
+    dbias = zeros((n,), axes)
+  elif y.bias is not None and want_y:
+    dbias = zeros((m,), axes)
+  table = tile_table(n, m, tile_n, tile_m, triangle)
+  start = (zeros((n, d), axes), dy, zeros((), axes), dbias)
+  return jax.lax.scan(step, start, (table[:, 0], table[:, 1]))[0]
