@@ -110,7 +110,7 @@ def crop_randomly(
 
 
 def crop_chances(seed: int, position: int, views: int) -> np.ndarray:
-  """What `crop_randomly` needs for the views at a position of the stream, [views, 22]."""
+  """What `crop_randomly` needs for each view at a position of the stream, [V, 22]."""
   return uniform(seed, position, np.arange(views)[:, None], np.arange(22))
 
 

@@ -224,11 +224,11 @@ def _fetch(source, records, replace):
 
 
 def _decode(source, index, record):
+  """The picture of a record as it was read; None, and counted, where it is corrupt."""
   try:
     if isinstance(record, Exception):
       raise record
     return images.decode(record["image"])
   except Exception as error:
-    reason = error
-  source.report_bad(index, str(reason))
+    source.report_bad(index, error)
   return None

@@ -73,8 +73,8 @@ def shapes(split: str, *, seed: int = 0, count: int | None = None) -> dict:
 
   image = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
   for kind in range(len(SHAPES)):
-    rows = np.flatnonzero(label == kind)
-    for rows in np.array_split(rows, max(1, len(rows) // 256)):
+    mine = np.flatnonzero(label == kind)
+    for rows in np.array_split(mine, len(mine) // 256 + 1):
       cover = _cover(kind, extent[rows], center[rows], angle[rows])[..., None]
       picture = _gradient(*(x[rows] for x in back)) * (1 - cover)
       picture += cover * paint[rows, None, None]

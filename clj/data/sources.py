@@ -53,6 +53,7 @@ class Source:
       record by record. Only what `keys` names goes into batches.
     read: `indices -> list of {"image": bytes, "label": int}`, the pictures encoded; a
       record that cannot be read comes as the exception. None where there are arrays.
+    files: path of each record, where each is a file of its own; else None.
     bad: the corrupt records met so far, index -> reason.
   """
 
@@ -62,29 +63,35 @@ class Source:
   class_names: tuple[str, ...] | None = None
   arrays: dict[str, np.ndarray] | None = None
   read: Callable[[Sequence[int]], list] | None = None
+  files: tuple[str, ...] | None = None
   bad: dict[int, str] = dataclasses.field(default_factory=dict)
   _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
   def __len__(self):
     return self.size
 
-  def report_bad(self, index: int, reason: str) -> None:
+  def report_bad(self, index: int, error: Exception) -> None:
     """Counts a corrupt record, once, and says so.
 
     Raises:
       DataError: more than max(10, 0.1 %) of the records are corrupt, or all.
     """
     with self._lock:
-      if index in self.bad:
-        return
-      self.bad[index] = reason
+      known = index in self.bad
+      if not known:
+        reason = _line(error).split(";")[0][:200]
+        if self.files:
+          reason = f"{self.files[index]}: {reason}"
+        self.bad[index] = reason
       count, limit = len(self.bad), max(10, self.size // 1000)
+      # Known or not: another thread may be looking for a good record in vain.
       if count > limit or count == self.size:
         raise DataError(
-          f"{self.name}: {count} of {self.size} records are corrupt, record {index}"
-          f" the latest ({reason}); at most {min(limit, self.size - 1)} are put up with:"
-          " mend or remove them"
+          f"{self.name}: {count} of {self.size} records are corrupt, one of them record"
+          f" {index} ({self.bad[index]}); a run puts up with"
+          f" {min(limit, self.size - 1)}: mend or remove them"
         )
+    if not known:
       logging.getLogger(__name__).warning(
         "%s: record %d is corrupt (%s), the next good one stands in for it; %d so far",
         self.name,
@@ -209,7 +216,12 @@ def _open_folder(name, split):
     return records
 
   return Source(
-    f"{name} {split}", len(paths), _keys(classes), tuple(classes) or None, read=read
+    f"{name} {split}",
+    len(paths),
+    _keys(classes),
+    tuple(classes) or None,
+    read=read,
+    files=tuple(paths),
   )
 
 
@@ -263,15 +275,17 @@ def _open_tfds(name, split, data_dir, memory_limit):
     wanted["label"] = label
   wanted = tfds.features.FeaturesDict(wanted)
   try:
-    records = builder.as_data_source(
-      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
+    part = info.splits[split]
   except (ValueError, KeyError, AssertionError) as error:
     raise DataError(_no_split(name, split, info.splits, error)) from None
-  except FileNotFoundError as error:
-    raise DataError(f"{name} in {info.data_dir}: {_line(error)}") from None
-  if not len(records):
+  if not part.num_examples:
     raise DataError(f"{name} {split} is empty")
+  records = builder.as_data_source(
+    split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+  )
+  for instruction in part.file_instructions:
+    if not os.path.exists(instruction.filename):
+      raise DataError(f"{name} lacks the file {instruction.filename}: prepare it again")
 
   encoded = {"image": tfds.decode.SkipDecoding()}
 
@@ -319,7 +333,7 @@ def load(source: Source, shape: tuple[int, int]) -> Source:
         arrays["image"][i] = images.decode(record["image"])
         arrays["label"][i] = record["label"]
       except Exception as error:
-        source.report_bad(i, _line(error))
+        source.report_bad(i, error)
 
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     list(pool.map(fill, range(0, size, block)))
@@ -342,7 +356,7 @@ def _prepared(name, data_dir):
   except tfds.core.DatasetNotFoundError:
     return None
   except Exception as error:
-    raise DataError(f"{name} in {data_dir}: {_line(error)}") from None
+    raise DataError(f"{name!r} in {data_dir}: {_line(error)}") from None
 
 
 def _prepare(name, data_dir):
