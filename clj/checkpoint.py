@@ -179,7 +179,7 @@ class Checkpoints:
       body = json.dumps(files, sort_keys=True)
       check = hashlib.sha256(body.encode()).hexdigest()
       partial.write_text(json.dumps({"sha256": check, "files": body}))
-      partial.rename(manifest)
+      partial.replace(manifest)
       for old in manifest.parent.glob(f"*.{process}.json"):
         if not (self.directory / old.name.split(".")[0]).exists():
           old.unlink(missing_ok=True)

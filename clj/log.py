@@ -96,7 +96,7 @@ class Log:
     kept = [m for m in read_metrics(workdir) if m["step"] <= start_step]
     partial = workdir / "metrics.jsonl.partial"
     partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
-    partial.rename(self._path)
+    partial.replace(self._path)
     self._file = open(self._path, "a")  # noqa: SIM115
     self._board = _tensorboard(workdir / "tensorboard", start_step)
     # A terminal gets a bar that redraws itself, a log file a line now and then.

@@ -63,7 +63,11 @@ def complain(error: Exception, debug: bool = False) -> int:
   if debug:
     traceback.print_exception(error)
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  print(f"clj: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+  line = lines[0] if lines else type(error).__name__
+  if "Traceback (most recent call last):" in lines:
+    # config_flags puts the traceback of a config file into the message.
+    line = lines[-1].partition(": ")[2] or lines[-1]
+  print(f"clj: {line}", file=sys.stderr)
   return 1
 
 

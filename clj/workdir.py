@@ -53,7 +53,7 @@ def record_config(workdir, config: dict, step: int):
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / "config.json.partial"
   partial.write_text(json.dumps([*history, entry], indent=1) + "\n")
-  partial.rename(path)
+  partial.replace(path)
 
 
 def _path(workdir) -> epath.Path:

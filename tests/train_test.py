@@ -47,6 +47,7 @@ def final_state(directory):
   checkpoints = checkpoint.Checkpoints(directory)
   step = checkpoints.steps()[-1]
   tree = checkpoints.restore_tree(step)
+  tree["rng"] = jax.random.key_data(tree["rng"])
   return step, {k: np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -145,7 +146,7 @@ def test_step_compiles_once_over_evaluation_save_and_restore(tmp_path):
   evals = {"knn": {"k": 20, "temperature": 0.1}}
   config = smoke(total_steps=6, eval_every=2, evals=evals)
   first = count_compilations(lambda: train(tmp_path, **config))
-  assert sum(name == "jit(train_step)" or name == "train_step" for name in first) == 1
+  assert sum("train_step" in str(name) for name in first) == 1, first
   # From a checkpoint: the restored state is laid out as the initialised one was.
   import shutil
 

@@ -41,9 +41,7 @@ def make(model: dict, *, projector: dict, temperature: float = 0.1) -> Method:
     del rng, step
     B, V, *pixels = batch["image"].shape  # V = 2 views lie side by side
     x = batch["image"].reshape(B * V, *pixels)
-    h, encoder_stats = encoder.apply(
-      params["encoder"], extra["encoder"], x, train=True
-    )
+    h, encoder_stats = encoder.apply(params["encoder"], extra["encoder"], x, train=True)
     z, head_stats = head.apply(params["projector"], extra["projector"], h, train=True)
     z1_Bd, z2_Bd = z.reshape(B, V, -1).swapaxes(0, 1)
     value = losses.nt_xent(z1_Bd, z2_Bd, temperature)
