@@ -8,7 +8,7 @@ take operands of the input's dtype; statistics and results are float32.
 import jax
 import jax.numpy as jnp
 
-from clj.losses import rows
+from clj.losses import rows, softmax
 
 TILE = 512  # columns of distances held at a time
 
@@ -155,56 +155,58 @@ def koleo(
     if len(x) % groups:
       raise ValueError(f"{groups} groups do not divide a batch of {len(x)}")
     x = x.reshape(groups, len(x) // groups, -1)
-    each = jax.vmap(lambda one: _koleo_rows(one, eps, axis_name))(x).reshape(-1)
+    alone = lambda one: _koleo_rows(one, eps, None, lambda z: _nearest(z, None))
+    each = jax.vmap(alone)(x).reshape(-1)
   else:
-    each = _koleo_rows(x, eps, axis_name)
+    search = lambda z: rows.each(_nearest, z, axis_name=axis_name)
+    each = _koleo_rows(x, eps, axis_name, search)
   return rows.reduce(each, reduction)
 
 
-def _koleo_rows(x, eps, axis_name):
+def _koleo_rows(x, eps, axis_name, search):
   x = rows.accurate(x)
-  norm_squared = jnp.sum(jnp.square(x), axis=1, keepdims=True)
-  z = x * jax.lax.rsqrt(jnp.maximum(norm_squared, eps**2))
-  nearest = _nearest(jax.lax.stop_gradient(z), axis_name)
+  # Divided by a square root, which are exact, and not times its approximate inverse:
+  # equal rows stay equal to the last bit.
+  z = x / jnp.sqrt(jnp.maximum(rows.squared_norms(x), eps**2))
+  nearest = search(jax.lax.stop_gradient(z))
   difference = z - rows.gather(z, axis_name)[nearest]
-  # Rows that coincide push with 1 / eps, and their pushes cancel in pairs. Added up
-  # apart from the others, they cancel exactly instead of drowning them.
-  apart = jnp.any(difference != 0, axis=1, keepdims=True)
+  # Rows that coincide, to rounding, push with 1 / eps, and the pushes cancel in pairs.
+  # Added up apart from the others, they cancel exactly instead of drowning them.
+  squared = jnp.sum(jnp.square(difference), axis=1, keepdims=True)
+  apart = squared > (2 * jnp.finfo(z.dtype).eps) ** 2
   z = z * 1
-  coinciding = z - rows.gather(z, axis_name)[nearest]
-  difference = jnp.where(apart, difference, coinciding)
-  return -jnp.log(jnp.linalg.norm(difference + eps, axis=1) + eps)
+  rounding = z - rows.gather(z, axis_name)[nearest]
+  zero = rounding - jax.lax.stop_gradient(rounding)
+  distance = jnp.linalg.norm(jnp.where(apart, difference, zero) + eps, axis=1)
+  return -jnp.log(distance + eps)
 
 
-def _nearest(z, axis_name):
-  """`[B]`: the number of the nearest other row of the batch, the lowest of several."""
+def _nearest(z_bd, axis_name):
+  """`[b]`: the number of the nearest other row of the batch, the lowest of several."""
+  z_Bd = rows.gather(z_bd, axis_name)
+  own = rows.first(z_bd, axis_name) + jnp.arange(len(z_bd))
+  tile = min(TILE, len(z_Bd))
+  tiles = -(-len(z_Bd) // tile)
+  padded = jnp.pad(z_Bd, ((0, tiles * tile - len(z_Bd)), (0, 0)))
 
-  def search(z_bd, axis_name):
-    z_Bd = rows.gather(z_bd, axis_name)
-    own = rows.first(z_bd, axis_name) + jnp.arange(len(z_bd))
-    tile = min(TILE, len(z_Bd))
-    tiles = -(-len(z_Bd) // tile)
-    padded = jnp.pad(z_Bd, ((0, tiles * tile - len(z_Bd)), (0, 0)))
+  def step(best, one):
+    best_squared, best_number = best
+    columns, start = one
+    number = start + jnp.arange(tile)
+    squared = rows.squared_distances(z_bd, columns)
+    other = (number[None] != own[:, None]) & (number[None] < len(z_Bd))
+    squared = jnp.where(other, squared, jnp.inf)
+    least, number = squared.min(1), start + squared.argmin(1)
+    # Strictly less: of equal distances the earlier tile's row stays.
+    closer = least < best_squared
+    return (
+      jnp.where(closer, least, best_squared),
+      jnp.where(closer, number, best_number),
+    ), None
 
-    def step(best, one):
-      best_squared, best_number = best
-      columns, start = one
-      number = start + jnp.arange(tile)
-      squared = jnp.sum(jnp.square(z_bd[:, None] - columns[None]), axis=2)
-      other = (number[None] != own[:, None]) & (number[None] < len(z_Bd))
-      squared = jnp.where(other, squared, jnp.inf)
-      least, number = squared.min(1), start + squared.argmin(1)
-      # Strictly less: of equal distances the earlier tile's row stays.
-      closer = least < best_squared
-      return (
-        jnp.where(closer, least, best_squared),
-        jnp.where(closer, number, best_number),
-      ), None
-
-    start = (jnp.full(len(z_bd), jnp.inf, z.dtype), jnp.zeros(len(z_bd), own.dtype))
-    start = jax.tree.map(lambda x: rows.varying(x, axis_name), start)
-    columns = padded.reshape(tiles, tile, -1), jnp.arange(tiles) * tile
-    (_, number), _ = jax.lax.scan(step, start, columns)
-    return number
-
-  return rows.each(search, z, axis_name=axis_name)
+  start = (jnp.full(len(z_bd), jnp.inf, z_bd.dtype), jnp.zeros(len(z_bd), own.dtype))
+  if axis_name is not None:
+    start = tuple(softmax.vary(x, axis_name) for x in start)
+  columns = padded.reshape(tiles, tile, -1), jnp.arange(tiles) * tile
+  (_, number), _ = jax.lax.scan(step, start, columns)
+  return number

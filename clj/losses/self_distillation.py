@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from clj.losses import rows
+from clj.losses import rows, softmax
 
 
 def byol(
@@ -59,7 +59,7 @@ def sinkhorn(
     """log sum exp over the rows of the whole batch, `[1, K]`."""
     peak = x.max(0, keepdims=True)
     if axis_name is not None:
-      peak = rows.varying(lax.pmax(peak, axis_name), axis_name)
+      peak = softmax.vary(lax.pmax(peak, axis_name), axis_name)
     peak = jnp.where(jnp.isfinite(peak), peak, 0)
     return (
       jnp.log(rows.total(jnp.exp(x - peak).sum(0, keepdims=True), axis_name)) + peak

@@ -172,35 +172,12 @@ def _compare(z_bd, label_b, squared, axis_name):
   z_Bd, label_B = rows.gather(z_bd, axis_name), rows.gather(label_b, axis_name)
   number = rows.first(z_bd, axis_name) + jnp.arange(len(z_bd))
   own = number[:, None] == jnp.arange(len(z_Bd))[None]
-  distance = _squared_distances(rows.accurate(z_bd), rows.accurate(z_Bd))
+  distance = rows.squared_distances(rows.accurate(z_bd), rows.accurate(z_Bd))
   if not squared:
     # The gradient at coinciding rows is zero, not infinite.
     apart = distance > 0
     distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, distance, 1)), 0)
   return distance, label_b[:, None] == label_B[None], own
-
-
-@jax.custom_vjp
-def _squared_distances(x, y):
-  return jnp.sum(jnp.square(x[:, None] - y[None]), axis=2)
-
-
-def _squared_distances_forward(x, y):
-  return _squared_distances(x, y), (x, y)
-
-
-def _squared_distances_backward(residuals, g):
-  # Differences again: a product with the weights would lose what is small beside x.
-  x, y = residuals
-
-  def pull(x, y, g):
-    one_row = lambda row: rows.dot(2 * row[1], row[0][None] - y)
-    return jax.lax.map(one_row, (x, g), batch_size=16)
-
-  return pull(x, y, g), pull(y, x, g.T)
-
-
-_squared_distances.defvjp(_squared_distances_forward, _squared_distances_backward)
 
 
 def _hinge_sums(distance, positive, negative, margin, reach, mining):
