@@ -10,7 +10,7 @@ step number alone, and every host computes its own rows without asking another.
 
 import numpy as np
 
-_ROUNDS = 8
+_ROUNDS = 8  # Even, so that the two parts end where they began.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -72,14 +72,15 @@ def _permute(x, keys, bits):
   Each round adds a hash of one part to the other and exchanges them, so that an odd
   number of bits needs no larger domain.
   """
-  low, high = bits // 2, bits - bits // 2
+  low = np.uint64(bits // 2)
+  left, right = x >> low, x & ((np.uint64(1) << low) - np.uint64(1))
+  width, other = 64 - (bits - bits // 2), 64 - bits // 2
   for key in keys:
-    # x is (high part, low part); the hash of the low part changes the high one.
-    right = x & np.uint64((1 << low) - 1)
-    left = x >> np.uint64(low)
-    h = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-    left ^= h >> np.uint64(64 - high)
-    x = (right << np.uint64(high)) | left
-    low, high = high, low
-  return x
+    h = right ^ key
+    h *= np.uint64(0xBF58476D1CE4E5B9)
+    h ^= h >> np.uint64(32)
+    h *= np.uint64(0x94D049BB133111EB)
+    h >>= np.uint64(width)
+    left ^= h
+    left, right, width, other = right, left, other, width
+  return left << low | right

@@ -1,0 +1,207 @@
+"""How fast batches come: `python -m benchmarks.input [--data_dir=DIR]`.
+
+Prints one JSON line a measurement and a table. Alternatives run in turns within this
+process, and a figure is the median over the turns, so that what else the machine does
+hits all alike.
+
+  memory   batches of 512 CIFAR-10 pictures (else `shapes`) beside a bare `np.take`
+  stream   photographs decoded and cropped twice to 224 pixels, beside decoding alone by
+           as many threads, Grain's worker processes around the same work, and tf.data
+           where TensorFlow is installed
+  start    opening the data set that is held in memory
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from concurrent import futures
+
+import grain
+import numpy as np
+
+from clj.data import DataError, images, open_source, pipeline
+from clj.data.order import order
+
+CROPS = {"size": 224, "views": 2, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+ROWS = []
+
+
+def report(benchmark, name, value, unit, ratio=None):
+  row = {"benchmark": benchmark, "name": name, "value": round(value, 1), "unit": unit}
+  if ratio is not None:
+    row["ratio"] = round(ratio, 2)
+  ROWS.append(row)
+  print(json.dumps(row), flush=True)
+
+
+def in_turns(alternatives, turns):
+  """Median rate of each alternative, a function that returns how much it has done."""
+  rates = {name: [] for name in alternatives}
+  for turn in range(turns + 1):
+    for name, run in alternatives.items():
+      start = time.perf_counter()
+      done = run()
+      if turn:  # The first warms up.
+        rates[name].append(done / (time.perf_counter() - start))
+  return {name: statistics.median(x) for name, x in rates.items()}
+
+
+def memory(source, batch_size, turns):
+  batches = pipeline.batches(source, seed=0, batch_size=batch_size, **CROPS)
+  rng = np.random.default_rng(0)
+  pictures = source.arrays["image"]
+  rounds = 128  # As many batches as a look-up of the order serves, so that it counts.
+
+  def ours():
+    for _ in range(rounds):
+      next(batches)
+    return rounds * batch_size
+
+  def take():
+    for _ in range(rounds):
+      np.take(pictures, rng.integers(0, len(pictures), batch_size), axis=0)
+    return rounds * batch_size
+
+  rates = in_turns({"np.take": take, "clj": ours}, turns)
+  for name, rate in rates.items():
+    report("memory", name, rate, "images/s", rate / rates["np.take"])
+
+
+def stream(source, batch_size, turns, threads):
+  batches = pipeline.batches(
+    source, seed=0, batch_size=batch_size, threads=threads, **CROPS
+  )
+  count = 4 * batch_size
+  pool = futures.ThreadPoolExecutor(threads)
+
+  def ours():
+    for _ in range(count // batch_size):
+      next(batches)
+    return count
+
+  def decode_only():
+    def decode(start):
+      records = order(1, start + np.arange(16), len(source))
+      for record in source.read(records):
+        images.decode(record["image"])
+
+    list(pool.map(decode, range(0, count, 16)))
+    return count
+
+  def crop(position):
+    record = source.read([int(order(2, position, len(source)))])[0]
+    picture = images.decode(record["image"])
+    chances = images.crop_chances(2, position, CROPS["views"])
+    crops = [
+      images.crop_randomly(picture, CROPS["size"], c, CROPS["scale"], CROPS["ratio"])
+      for c in chances
+    ]
+    return np.stack(crops)
+
+  in_processes = iter(
+    grain.MapDataset.range(10**9)
+    .map(crop)
+    .to_iter_dataset()
+    .batch(batch_size)
+    .mp_prefetch(grain.MultiprocessingOptions(num_workers=threads))
+  )
+
+  def processes():
+    for _ in range(count // batch_size):
+      next(in_processes)
+    return count
+
+  alternatives = {
+    "decode only": decode_only,
+    f"clj, {threads} threads": ours,
+    f"{threads} worker processes": processes,
+  }
+  tf_data = tensorflow(source, batch_size, count)
+  if tf_data:
+    alternatives["tf.data"] = tf_data
+  rates = in_turns(alternatives, turns)
+  for name, rate in rates.items():
+    report("stream", name, rate, "images/s", rate / rates["decode only"])
+  batches.close()
+  in_processes.close()
+  pool.shutdown()
+
+
+def tensorflow(source, batch_size, count):
+  """The usual tf.data pipeline over the same encoded pictures, or None."""
+  try:
+    import tensorflow as tf
+  except ImportError:
+    return None
+  tf.config.set_visible_devices([], "GPU")
+  encoded = [r["image"] for r in source.read(range(len(source)))]
+
+  def views(data):
+    shape = tf.io.extract_jpeg_shape(data)
+
+    def view(_):
+      begin, size, _ = tf.image.sample_distorted_bounding_box(
+        shape,
+        tf.zeros([1, 0, 4]),
+        area_range=CROPS["scale"],
+        aspect_ratio_range=CROPS["ratio"],
+        use_image_if_no_bounding_boxes=True,
+      )
+      window = tf.stack([begin[0], begin[1], size[0], size[1]])
+      crop = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+      crop = tf.image.resize(crop, [CROPS["size"]] * 2, "bicubic")
+      return tf.cast(tf.clip_by_value(crop, 0, 255), tf.uint8)
+
+    return tf.stack([view(i) for i in range(CROPS["views"])])
+
+  dataset = tf.data.Dataset.from_tensor_slices(encoded).shuffle(len(encoded)).repeat()
+  dataset = dataset.map(views, tf.data.AUTOTUNE).batch(batch_size)
+  batches = dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+
+  def run():
+    for _ in range(count // batch_size):
+      next(batches)
+    return count
+
+  return run
+
+
+def table():
+  width = max(len(row["name"]) for row in ROWS)
+  print()
+  for row in ROWS:
+    ratio = f"{row['ratio']:6.2f}" if "ratio" in row else ""
+    print(
+      f"{row['benchmark']:<8} {row['name']:<{width}} {row['value']:>12,.1f}"
+      f" {row['unit']:<10}{ratio}"
+    )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--data_dir", help="prepared TFDS data; default TFDS_DATA_DIR")
+  parser.add_argument("--photographs", default="caltech101_subset")
+  parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--threads", type=int, default=os.cpu_count())
+  flags = parser.parse_args()
+  start = time.perf_counter()
+  try:
+    small = open_source("cifar10", "train", flags.data_dir)
+  except DataError as error:
+    print(f"{error}: the embedded shapes instead")
+    small = open_source("shapes", "train")
+  report("start", small.name, time.perf_counter() - start, "s")
+  memory(small, 512, flags.turns)
+  try:
+    photographs = open_source(flags.photographs, "train", flags.data_dir)
+  except DataError as error:
+    print(f"no streaming benchmark: {error}")
+  else:
+    stream(photographs, 64, flags.turns, flags.threads)
+  table()
+
+
+if __name__ == "__main__":
+  main()
