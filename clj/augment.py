@@ -131,12 +131,17 @@ def _jitter(image: Array, factors, slots: Array, additive: bool) -> Array:
   for index, kind in enumerate(SEQUENCE):
     on = [slots[..., index, i] for i in range(4)]
     if kind == "affine":
+      # Brightness or contrast, as one product and one sum. Two products before the sum
+      # would round differently from one compilation to the next.
+      factor = jnp.where(on[1], contrasts, 1.0)
+      mean = jnp.mean(image, axis=(-2, -1), keepdims=True)
+      shift = mean * _per_image(1 - factor)
       if additive:
-        image = brightness_additive(image, jnp.where(on[0], bright, 0.0))
+        shift = shift + _per_image(jnp.where(on[0], bright, 0.0))
       else:
-        image = brightness(image, jnp.where(on[0], bright, 1.0))
-      image = contrast(image, jnp.where(on[1], contrasts, 1.0))
-      image = jnp.clip(image, 0.0, 1.0)
+        factor = jnp.where(on[0], bright, factor)
+      shift = jax.lax.optimization_barrier(shift)
+      image = jnp.clip(image * _per_image(factor) + shift, 0.0, 1.0)
     else:
       factor = jnp.where(on[2], saturations, 1.0)
       shifted = _hsv_shift(image, factor, jnp.where(on[3], turns, 0.0))
@@ -175,10 +180,11 @@ def rgb_to_hsv(image: Array) -> Array:
   value = jnp.maximum(jnp.maximum(red, green), blue)
   chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
   inverse = 1 / jnp.where(chroma > 0, chroma, 1.0)
+  # Never `value == red`: compiled, the two may have been rounded differently.
   sixths = jnp.where(
-    value == red,
+    (red >= green) & (red >= blue),
     (green - blue) * inverse,
-    jnp.where(value == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
+    jnp.where(green >= blue, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
   )
   hues = jnp.where(sixths < 0, sixths + 6, sixths) / 6
   saturations = chroma / jnp.where(value > 0, value, 1.0)

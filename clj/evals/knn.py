@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from clj.evals.rows import context_mesh, shard_rows
+from clj.evals.rows import check_rows, context_mesh, normalize, shard_rows
 
 # Products have this one shape on any number of devices, so that every similarity has
 # the same bits: queries at a time (over all devices), rows of the bank at a time.
@@ -50,7 +50,8 @@ def knn(
   Raises:
     ValueError: no labelled row in one of the sets, or shapes that do not fit.
   """
-  mesh = context_mesh()
+  check_rows("train", train_features, train_labels)
+  check_rows("test", test_features, test_labels)
   if train_features.shape[1:] != test_features.shape[1:]:
     raise ValueError(
       f"features of shape {train_features.shape} and {test_features.shape}: "
@@ -58,6 +59,7 @@ def knn(
     )
   if k < 1 or temperature <= 0:
     raise ValueError(f"k={k}, temperature={temperature}: both must be positive")
+  mesh = context_mesh()
   bank = shard_rows(train_features, mesh, 1), shard_rows(train_labels, mesh, 1, -1)
   queries = max(1, QUERIES // mesh.size)
   tests = (
@@ -85,14 +87,14 @@ def _count(mesh: Mesh, num_classes: int, k: int, queries: int):
     """All arrays are this device's rows."""
     count = len(bank_nd)
     pad = -count % BLOCK
-    bank_nd = jnp.pad(_normalize(bank_nd), ((0, pad), (0, 0)))
+    bank_nd = jnp.pad(normalize(bank_nd), ((0, pad), (0, 0)))
     label_n = jnp.pad(label_n, (0, pad), constant_values=-1)
     blocks = bank_nd.reshape(-1, BLOCK, bank_nd.shape[1])
     near = min(k, len(bank_nd))
 
     def chunk(inputs):
       test_qd, target_q = inputs
-      query_Qd = jax.lax.all_gather(_normalize(test_qd), axes, tiled=True)
+      query_Qd = jax.lax.all_gather(normalize(test_qd), axes, tiled=True)
       sim_bQn = jax.lax.map(
         lambda block: jnp.matmul(
           query_Qd, block.T, precision=jax.lax.Precision.HIGHEST
@@ -145,12 +147,6 @@ def _count(mesh: Mesh, num_classes: int, k: int, queries: int):
       out_specs=PartitionSpec(),
     )
   )
-
-
-def _normalize(x):
-  x = x.astype(jnp.float32)
-  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def raw_pixels(images) -> jax.Array:

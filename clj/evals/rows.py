@@ -42,3 +42,10 @@ def check_rows(name: str, features, labels):
     raise ValueError(
       f"{name} features {features.shape} and labels {labels.shape}: give [N, d] and [N]"
     )
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  """Rows of length 1, in float32; rows of zeros stay."""
+  x = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
