@@ -1,8 +1,7 @@
 """How fast batches come: `python -m benchmarks.input [--data_dir=DIR]`.
 
-Prints one JSON line a measurement and a table. Alternatives run in turns within this
-process, and a figure is the median over the turns, so that what else the machine does
-hits all alike.
+Prints one JSON line a measurement and a table. Alternatives take turns, and a figure is
+the median over the turns, so that what else the machine does hits all alike.
 
   memory   batches of 512 CIFAR-10 pictures (else `shapes`) beside a bare `np.take`
   stream   photographs decoded and cropped twice to 224 pixels, beside decoding alone by
@@ -12,12 +11,15 @@ hits all alike.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import statistics
 import time
 from concurrent import futures
 
+import absl.flags
 import grain
 import numpy as np
 
@@ -36,50 +38,56 @@ def report(benchmark, name, value, unit, ratio=None):
   print(json.dumps(row), flush=True)
 
 
-def in_turns(alternatives, turns):
-  """Median rate of each alternative, a function that returns how much it has done."""
+def in_turns(alternatives, batch_size, count, turns):
+  """Median images/s of each alternative, a function that opens a stream of batches.
+
+  A stream is opened anew each turn and drawn on for a third of `count` batches before
+  the clock starts, so that nothing read ahead is counted and none works beside another.
+  """
   rates = {name: [] for name in alternatives}
-  for turn in range(turns + 1):
-    for name, run in alternatives.items():
+  for _ in range(turns):
+    for name, opened in alternatives.items():
+      batches = opened()
+      for _ in range(max(1, count // 3)):
+        next(batches)
       start = time.perf_counter()
-      done = run()
-      if turn:  # The first warms up.
-        rates[name].append(done / (time.perf_counter() - start))
+      for _ in range(count):
+        next(batches)
+      rates[name].append(count * batch_size / (time.perf_counter() - start))
+      batches.close()
   return {name: statistics.median(x) for name, x in rates.items()}
 
 
 def memory(source, batch_size, turns):
-  batches = pipeline.batches(source, seed=0, batch_size=batch_size, **CROPS)
-  rng = np.random.default_rng(0)
-  pictures = source.arrays["image"]
-  rounds = 128  # As many batches as a look-up of the order serves, so that it counts.
-
   def ours():
-    for _ in range(rounds):
-      next(batches)
-    return rounds * batch_size
+    return pipeline.batches(source, seed=0, batch_size=batch_size, **CROPS)
 
   def take():
-    for _ in range(rounds):
-      np.take(pictures, rng.integers(0, len(pictures), batch_size), axis=0)
-    return rounds * batch_size
+    rng, pictures = np.random.default_rng(0), source.arrays["image"]
+    while True:
+      records = rng.integers(0, len(pictures), (16, batch_size))
+      for row in records:
+        yield np.take(pictures, row, axis=0)
 
-  rates = in_turns({"np.take": take, "clj": ours}, turns)
+  # As many batches as sixteen look-ups of the order serve, so that these count.
+  rates = in_turns({"np.take": take, "clj": ours}, batch_size, 256, turns)
   for name, rate in rates.items():
     report("memory", name, rate, "images/s", rate / rates["np.take"])
 
 
-def stream(source, batch_size, turns, threads):
-  batches = pipeline.batches(
-    source, seed=0, batch_size=batch_size, threads=threads, **CROPS
-  )
-  count = 4 * batch_size
-  pool = futures.ThreadPoolExecutor(threads)
+@functools.cache
+def opened(name, data_dir):
+  """The photographs, opened once in each process."""
+  return open_source(name, "train", data_dir)
+
+
+def stream(name, data_dir, batch_size, turns, threads):
+  source = opened(name, data_dir)
 
   def ours():
-    for _ in range(count // batch_size):
-      next(batches)
-    return count
+    return pipeline.batches(
+      source, seed=0, batch_size=batch_size, threads=threads, **CROPS
+    )
 
   def decode_only():
     def decode(start):
@@ -87,10 +95,13 @@ def stream(source, batch_size, turns, threads):
       for record in source.read(records):
         images.decode(record["image"])
 
-    list(pool.map(decode, range(0, count, 16)))
-    return count
+    with futures.ThreadPoolExecutor(threads) as pool:
+      for start in itertools.count(0, 4 * batch_size):
+        list(pool.map(decode, range(start, start + 4 * batch_size, 16)))
+        yield from range(4)
 
   def crop(position):
+    source = opened(name, data_dir)
     record = source.read([int(order(2, position, len(source)))])[0]
     picture = images.decode(record["image"])
     chances = images.crop_chances(2, position, CROPS["views"])
@@ -100,36 +111,26 @@ def stream(source, batch_size, turns, threads):
     ]
     return np.stack(crops)
 
-  in_processes = iter(
-    grain.MapDataset.range(10**9)
-    .map(crop)
-    .to_iter_dataset()
-    .batch(batch_size)
-    .mp_prefetch(grain.MultiprocessingOptions(num_workers=threads))
-  )
-
   def processes():
-    for _ in range(count // batch_size):
-      next(in_processes)
-    return count
+    dataset = grain.MapDataset.range(10**9).map(crop).to_iter_dataset()
+    dataset = dataset.batch(batch_size)
+    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=threads)))
 
+  absl.flags.FLAGS(["input"])  # Grain's workers look at its own flags.
   alternatives = {
     "decode only": decode_only,
     f"clj, {threads} threads": ours,
     f"{threads} worker processes": processes,
   }
-  tf_data = tensorflow(source, batch_size, count)
+  tf_data = tensorflow(source, batch_size)
   if tf_data:
     alternatives["tf.data"] = tf_data
-  rates = in_turns(alternatives, turns)
+  rates = in_turns(alternatives, batch_size, 24, turns)
   for name, rate in rates.items():
     report("stream", name, rate, "images/s", rate / rates["decode only"])
-  batches.close()
-  in_processes.close()
-  pool.shutdown()
 
 
-def tensorflow(source, batch_size, count):
+def tensorflow(source, batch_size):
   """The usual tf.data pipeline over the same encoded pictures, or None."""
   try:
     import tensorflow as tf
@@ -158,14 +159,11 @@ def tensorflow(source, batch_size, count):
 
   dataset = tf.data.Dataset.from_tensor_slices(encoded).shuffle(len(encoded)).repeat()
   dataset = dataset.map(views, tf.data.AUTOTUNE).batch(batch_size)
-  batches = dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
-  def run():
-    for _ in range(count // batch_size):
-      next(batches)
-    return count
+  def batches():
+    yield from dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
-  return run
+  return batches
 
 
 def table():
@@ -195,11 +193,9 @@ def main():
   report("start", small.name, time.perf_counter() - start, "s")
   memory(small, 512, flags.turns)
   try:
-    photographs = open_source(flags.photographs, "train", flags.data_dir)
+    stream(flags.photographs, flags.data_dir, 64, flags.turns, flags.threads)
   except DataError as error:
     print(f"no streaming benchmark: {error}")
-  else:
-    stream(photographs, 64, flags.turns, flags.threads)
   table()
 
 

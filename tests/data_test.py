@@ -541,10 +541,21 @@ def test_a_flipped_bit_in_a_record_file(tmp_path):
 
 def test_tfrecord_is_refused_with_the_command_that_converts_it(tmp_path):
   write_tfds(tmp_path, [b""], "tfrecord")
-  with pytest.raises(
-    DataError, match="convert_format .*--out_file_format=array_record"
-  ):
+  command = "convert_format --out_file_format=array_record .*tiny/1.0.0$"
+  with pytest.raises(DataError, match=command):
     open_source("tiny", "train", str(tmp_path))
+
+
+def test_a_directory_that_was_converted(tmp_path):
+  pictures = [photograph(12, 12, seed=i) for i in range(4)]
+  file = write_tfds(tmp_path, [encode(p) for p in pictures])
+  # What TFDS's converter leaves: the old format, and the new one beside it.
+  path = file.parent / "dataset_info.json"
+  info = json.loads(path.read_text())
+  info.update(fileFormat="tfrecord", alternativeFileFormats=["array_record"])
+  path.write_text(json.dumps(info))
+  source = open_source("tiny", "train", str(tmp_path))
+  np.testing.assert_array_equal(source.arrays["image"], pictures)
 
 
 def test_a_missing_record_file(tmp_path):

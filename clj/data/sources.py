@@ -260,9 +260,9 @@ def _open_tfds(name, split, data_dir, memory_limit):
   if array_record not in formats:
     raise DataError(
       f"{name} in {info.data_dir} is in {info.file_format.value} format, and random"
-      " access needs ArrayRecord; convert it (this needs TensorFlow): python -m"
-      f" tensorflow_datasets.scripts.convert_format --dataset_version_dir="
-      f"{info.data_dir} --out_file_format=array_record --out_dir={info.data_dir}"
+      " access needs ArrayRecord; this adds it (and needs TensorFlow): python -m"
+      " tensorflow_datasets.scripts.convert_format --out_file_format=array_record"
+      f" --dataset_version_dir={info.data_dir}"
     )
   features = dict(info.features)
   if not isinstance(features.get("image"), tfds.features.Image):
@@ -275,15 +275,15 @@ def _open_tfds(name, split, data_dir, memory_limit):
     wanted["label"] = label
   wanted = tfds.features.FeaturesDict(wanted)
   try:
-    part = info.splits[split]
+    size = info.splits[split].num_examples
   except (ValueError, KeyError, AssertionError) as error:
     raise DataError(_no_split(name, split, info.splits, error)) from None
-  if not part.num_examples:
+  if not size:
     raise DataError(f"{name} {split} is empty")
   records = builder.as_data_source(
     split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
-  for instruction in part.file_instructions:
+  for instruction in info.splits[split].file_instructions:
     if not os.path.exists(instruction.filename):
       raise DataError(f"{name} lacks the file {instruction.filename}: prepare it again")
 
@@ -298,6 +298,8 @@ def _open_tfds(name, split, data_dir, memory_limit):
     try:
       return [parse(raw) for raw in records.__getitems__(indices)]
     except Exception as error:
+      if "interpreter shutdown" in str(error):
+        raise  # This process ends while a batch ahead is being read.
       # One of them is corrupt: the reader cannot say which.
       if len(indices) == 1:
         return [error]
