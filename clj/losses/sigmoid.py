@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from clj.losses import softmax
 
 
-def log_sigmoid_sum(x, y, scale, bias, *, ids=None, axis_name=None):
+def log_sigmoid_sum(x, y, scale, bias, *, ids=None, axis_name=None, ring=False):
   """`[n]` float32: the sum over j of -log sigmoid(+-l_ij), plus for the pair j = i.
 
   x, y: `[n, d]`, pairs; scale, bias: scalars; ids: int `[n]`, other pairs of equal id
@@ -26,7 +26,7 @@ def log_sigmoid_sum(x, y, scale, bias, *, ids=None, axis_name=None):
   if x.ndim != 2 or x.shape != y.shape:
     raise ValueError(f"pairs differ in shape: {x.shape} and {y.shape}")
   axes, axis_name = softmax.placement(axis_name)
-  plan = _Plan(axes, axis_name)
+  plan = _Plan(axes, axis_name, ring)
   scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
   if axis_name is not None:
     scale, bias = softmax.vary(scale, axis_name), softmax.vary(bias, axis_name)
@@ -41,6 +41,7 @@ def log_sigmoid_sum(x, y, scale, bias, *, ids=None, axis_name=None):
 class _Plan(NamedTuple):
   mesh_axes: tuple[str, ...]
   axis_name: Any
+  ring: bool
 
 
 class _Arrays(NamedTuple):
@@ -58,11 +59,11 @@ def _primitive(plan, arrays):
 
 def _primitive_fwd(plan, arrays):
   if not plan.mesh_axes:
-    out, gathered = _local_forward(plan.axis_name, arrays)
+    out, gathered = _local_forward(plan.ring, plan.axis_name, arrays)
   else:
     rows = PartitionSpec(plan.mesh_axes)
     out, gathered = jax.shard_map(
-      functools.partial(_local_forward, plan.mesh_axes),
+      functools.partial(_local_forward, plan.ring, plan.mesh_axes),
       in_specs=(_specs(rows),),
       out_specs=(rows, PartitionSpec()),
       axis_names=set(plan.mesh_axes),
@@ -74,11 +75,11 @@ def _primitive_fwd(plan, arrays):
 def _primitive_bwd(plan, residuals, g):
   arrays, gathered = residuals
   if not plan.mesh_axes:
-    return (_local_backward(plan.axis_name, arrays, gathered, g),)
+    return (_local_backward(plan.ring, plan.axis_name, arrays, gathered, g),)
   rows = PartitionSpec(plan.mesh_axes)
 
   def backward(*args):
-    grads = _local_backward(plan.mesh_axes, *args)
+    grads = _local_backward(plan.ring, plan.mesh_axes, *args)
     scalars = jax.lax.psum((grads.scale, grads.bias), plan.mesh_axes)
     return grads._replace(scale=scalars[0], bias=scalars[1])
 
@@ -105,36 +106,41 @@ class _Side(NamedTuple):
   g: Any = None
 
 
-def _local_forward(axes, arrays):
+def _local_forward(ring, axes, arrays):
   x, y = _Side(arrays.x, arrays.ids), _Side(arrays.y, arrays.ids)
-  gathered = None
-  if axes is not None:
-    y = gathered = softmax.gather(y, axes)
   positive = arrays.scale * _similarity(arrays) + arrays.bias
   rows = jax.nn.softplus(-positive)
-  n, m = x.z.shape[0], y.z.shape[0]
-  tile_n, tile_m = softmax.tile_sizes(n, m)
-
-  def step(rows, ij):
-    c, keep, _, _ = _tile(x, y, ij, tile_n, tile_m)
-    e = jnp.where(keep, jax.nn.softplus(arrays.scale * c + arrays.bias), 0.0)
-    return softmax.add(rows, ij[0], tile_n, jnp.sum(e, axis=1)), None
-
-  table = softmax.tile_table(n, m, tile_n, tile_m, False)
-  rows, _ = jax.lax.scan(step, rows, (table[:, 0], table[:, 1]))
-  return rows, gathered
+  if axes is None:
+    return _forward(x, y, arrays, rows), None
+  if ring:
+    body = lambda rows, y, _: (_forward(x, y, arrays, rows), None)
+    return softmax.ring_loop(axes, body, rows, y, None)[0], None
+  gathered = softmax.gather(y, axes)
+  return _forward(x, gathered, arrays, rows), gathered
 
 
-def _local_backward(axes, arrays, gathered, g):
+def _local_backward(ring, axes, arrays, gathered, g):
   x, y = _Side(arrays.x, arrays.ids, g), _Side(arrays.y, arrays.ids)
   c = _similarity(arrays)
-  # The pair's own part, and the scale's gradient around the mean similarity of pairs.
   own = g * jax.nn.sigmoid(-(arrays.scale * c + arrays.bias))
+
+  def loop(rows, columns, both=False):
+    carry = (
+      softmax.zeros(rows.z.shape, axes),
+      softmax.zeros(columns.z.shape, axes) if both else None,
+      softmax.zeros((), axes),
+      softmax.zeros((), axes),
+    )
+    if not ring or axes is None:
+      return _backward(rows, columns, arrays, carry)
+    body = lambda carry, columns, _: (_backward(rows, columns, arrays, carry), None)
+    return softmax.ring_loop(axes, body, carry, columns, None)[0]
+
   if axes is None:
-    dx, dy, dscale, dbias = _backward(x, y, arrays, True, axes)
+    dx, dy, dscale, dbias = loop(x, y, both=True)
   else:
-    dx, _, dscale, dbias = _backward(x, gathered, arrays, False, axes)
-    dy, _, _, _ = _backward(y, softmax.gather(x, axes), arrays, False, axes)
+    dx, _, dscale, dbias = loop(x, y if ring else gathered)
+    dy, _, _, _ = loop(y, x if ring else softmax.gather(x, axes))
   dx -= own[:, None] * arrays.y.astype(jnp.float32)
   dy -= own[:, None] * arrays.x.astype(jnp.float32)
   return _Arrays(
@@ -162,9 +168,28 @@ def _tile(x, y, ij, tile_n, tile_m):
   return c, keep, tile_x, tile_y
 
 
-def _backward(x, y, arrays, want_y, axes):
-  (n, d), m = x.z.shape, y.z.shape[0]
+def _forward(x, y, arrays, rows):
+  """Adds the softplus of all tiles to the rows."""
+  n, m = x.z.shape[0], y.z.shape[0]
   tile_n, tile_m = softmax.tile_sizes(n, m)
+
+  def step(rows, ij):
+    c, keep, _, _ = _tile(x, y, ij, tile_n, tile_m)
+    e = jnp.where(keep, jax.nn.softplus(arrays.scale * c + arrays.bias), 0.0)
+    return softmax.add(rows, ij[0], tile_n, jnp.sum(e, axis=1)), None
+
+  table = softmax.tile_table(n, m, tile_n, tile_m)
+  return jax.lax.scan(step, rows, (table[:, 0], table[:, 1]))[0]
+
+
+def _backward(x, y, arrays, carry):
+  """Adds sums over j of w_ij y_j, over i of w_ij x_i, of w_ij c_ij and of w_ij.
+
+  w_ij is the derivative of the loss in l_ij, the pair itself left out; its cotangent
+  belongs to the side that has one. The sums over i are left out where the carry has no
+  place for them.
+  """
+  tile_n, tile_m = softmax.tile_sizes(x.z.shape[0], y.z.shape[0])
 
   def step(carry, ij):
     dx, dy, dscale, dbias = carry
@@ -175,11 +200,9 @@ def _backward(x, y, arrays, want_y, axes):
     dbias += jnp.sum(w)
     w = w.astype(x.z.dtype)
     dx = softmax.add(dx, ij[0], tile_n, softmax.product(w, tile_y.z, ((1,), (0,))))
-    if want_y:
+    if dy is not None:
       dy = softmax.add(dy, ij[1], tile_m, softmax.product(w, tile_x.z, ((0,), (0,))))
     return (dx, dy, dscale, dbias), None
 
-  zeros = functools.partial(softmax.zeros, axes=axes)
-  table = softmax.tile_table(n, m, tile_n, tile_m, False)
-  start = (zeros((n, d)), zeros((m, d)) if want_y else None, zeros(()), zeros(()))
-  return jax.lax.scan(step, start, (table[:, 0], table[:, 1]))[0]
+  table = softmax.tile_table(x.z.shape[0], y.z.shape[0], tile_n, tile_m)
+  return jax.lax.scan(step, carry, (table[:, 0], table[:, 1]))[0]

@@ -47,6 +47,7 @@ def log_sum_exp(
   col_ids=None,
   normalize=False,
   axis_name=None,
+  ring=False,
 ):
   """Log-sum-exp over the columns y of every row x, relative to the positive.
 
@@ -61,6 +62,8 @@ def log_sum_exp(
     positive, duplicates, accidental hits. With `aligned`, the default is the position.
   normalize: the rows of x and y are L2-normalised first.
   axis_name: x, y, ... are local shards over this axis of a `shard_map` or `pmap`.
+  ring: the columns travel from device to device instead of being gathered: the same
+    result in less memory, for batches whose gathered columns do not fit.
 
   Returns `[n]` float32: m_i = logsumexp_j s_ij - scale * reference_i, -inf where every
   column is masked. Differentiable in x, y, scale, reference, bias and y_scale.
@@ -70,7 +73,7 @@ def log_sum_exp(
     raise ValueError(f"aligned rows and columns differ in number: {n} and {m}")
   if (row_ids is None) != (col_ids is None):
     raise ValueError("row_ids and col_ids are given together or not at all")
-  plan = _plan("rows", aligned, normalize, axis_name)
+  plan = _plan("rows", aligned, normalize, axis_name, ring)
   if aligned and row_ids is None:
     row_ids = col_ids = positions(n, plan.axis_name)
   arrays = _Arrays(x, y, scale, reference, bias, y_scale, row_ids, col_ids)
@@ -79,26 +82,30 @@ def log_sum_exp(
   return _log_sum_exp(plan, arrays)[0]
 
 
-def log_sum_exp_pair(x, y, scale, *, ids=None, normalize=False, axis_name=None):
+def log_sum_exp_pair(
+  x, y, scale, *, ids=None, normalize=False, axis_name=None, ring=False
+):
   """Both directions of `log_sum_exp(aligned=True)` over the same logits.
 
   x, y: `[n, d]`, pairs; ids: int `[n]`, pairs of equal id are no negatives.
   Returns `[n], [n]`: every x over the y, every y over the x. One device computes each
   logit once a pass.
   """
-  plan = _plan("pair", True, normalize, axis_name)
+  plan = _plan("pair", True, normalize, axis_name, ring)
   ids = positions(x.shape[0], plan.axis_name) if ids is None else ids
   return _log_sum_exp(plan, _Arrays(x, y, scale, None, None, None, ids, ids))
 
 
-def log_sum_exp_self(z1, z2, scale, *, ids=None, normalize=False, axis_name=None):
+def log_sum_exp_self(
+  z1, z2, scale, *, ids=None, normalize=False, axis_name=None, ring=False
+):
   """Every row of two views over all the rows of both, itself and its partner left out.
 
   z1, z2: `[n, d]`, partners; ids: int `[n]`, pairs of equal id are no negatives.
   Returns `[n], [n]`, relative to the partner's similarity. One device computes each of
   the symmetric logits once a pass.
   """
-  plan = _plan("self", True, normalize, axis_name)
+  plan = _plan("self", True, normalize, axis_name, ring)
   ids = positions(z1.shape[0], plan.axis_name) if ids is None else ids
   return _log_sum_exp(plan, _Arrays(z1, z2, scale, None, None, None, ids, ids))
 
@@ -111,6 +118,7 @@ class _Plan(NamedTuple):
   normalize: bool
   mesh_axes: tuple[str, ...]  # global arrays, split over these axes of the mesh
   axis_name: Any  # local arrays, split over this axis by the caller
+  ring: bool
 
 
 class _Arrays(NamedTuple):
@@ -136,12 +144,12 @@ class _Side(NamedTuple):
 
 class _Stats(NamedTuple):
   reference: Any
-  lse: Any
+  lse: Any = None
   g: Any = None  # cotangent of lse
 
 
-def _plan(mode, aligned, normalize, axis_name):
-  return _Plan(mode, aligned, normalize, *placement(axis_name))
+def _plan(mode, aligned, normalize, axis_name, ring):
+  return _Plan(mode, aligned, normalize, *placement(axis_name), ring)
 
 
 def placement(axis_name):
@@ -274,85 +282,89 @@ def _specs(arrays, rows):
 
 def _local_forward(plan, axes, arrays):
   x, y = _sides(plan, arrays)
-  reference = _references(plan, arrays, x, y)
-  scale = arrays.scale
+  scale, n = arrays.scale, x.z.shape[0]
+  rows = _no_logits(n, axes)
+  if plan.ring and axes is not None:
+    return _ring_forward(plan, axes, arrays, x, y, rows)
   if axes is None:
-    both, triangle = plan.mode == "pair", plan.mode == "self"
-    reference_y = reference if both else None
-    lse_x, lse_y = _forward(x, y, scale, reference, reference_y, triangle, axes)
-    return _split(plan, lse_x, lse_y), None
-  gathered = gather(y, axes)
-  if plan.mode == "pair":
-    reference_y = gather(reference, axes)
-    lse_x, partial_y = _forward(
-      x, gathered, scale, reference, reference_y, False, axes, reduce=axes
-    )
-    return (lse_x, partial_y), gathered
-  lse_x, _ = _forward(x, gathered, scale, reference, None, False, axes)
-  return _split(plan, lse_x, None), gathered
-
-
-def _split(plan, lse_x, lse_y):
+    cols = _no_logits(n, axes) if plan.mode == "pair" else None
+    rows, cols = _forward(x, y, scale, rows, cols, plan.mode == "self")
+    gathered = None
+  else:
+    y = gathered = gather(y, axes)
+    cols = _no_logits(y.z.shape[0], axes) if plan.mode == "pair" else None
+    rows, cols = _forward(x, y, scale, rows, cols)
+    gathered = gathered._replace(stats=None)
+    if plan.mode == "pair":
+      # Each device has seen its own rows: the columns' sums go where the columns are.
+      top = jax.lax.pmax(cols[0], axes)
+      total = cols[1] * jnp.exp(cols[0] - _finite(top))
+      total = jax.lax.psum_scatter(total, axes, tiled=True)
+      start = jax.lax.axis_index(axes) * n
+      cols = jax.lax.dynamic_slice_in_dim(top, start, n), total
   if plan.mode == "rows":
-    return (lse_x,)
+    return (_finish(rows),), gathered
   if plan.mode == "pair":
-    return lse_x, lse_y
-  return tuple(jnp.split(lse_x, 2))
+    return (_finish(rows), _finish(cols)), gathered
+  return tuple(jnp.split(_finish(rows), 2)), gathered
 
 
 def _local_backward(plan, axes, arrays, out, gathered, g):
   x, y = _sides(plan, arrays)
-  reference = _references(plan, arrays, x, y)
+  reference = x.stats.reference
   scale = arrays.scale
+  # The scale's gradient is summed around the mean reference, against cancellation.
+  center = jnp.mean(reference)
+  if axes is not None:
+    center = vary(jax.lax.pmean(center, axes), axes)
   if plan.mode == "self":
     out, g = jnp.concatenate(out), jnp.concatenate(g)
     x = y = x._replace(stats=_Stats(reference, out, g))
   else:
     x = x._replace(stats=_Stats(reference, out[0], g[0]))
-    if plan.mode == "pair":
-      y = y._replace(stats=_Stats(reference, out[1], g[1]))
-  # The scale's gradient is summed around the mean reference, against cancellation.
-  center = jnp.mean(reference)
+    stats = _Stats(reference, out[1], g[1]) if plan.mode == "pair" else None
+    y = y._replace(stats=stats)
+  weights = x.stats.g if plan.mode != "pair" else x.stats.g + y.stats.g
+  dscale = -jnp.sum(weights * (reference - center))
+  loop = functools.partial(_backward, scale=scale, center=center)
   if axes is None:
     triangle = plan.mode == "self"
-    dx, dy, dscale, dbias = _backward(x, y, scale, center, True, triangle, axes)
+    start = _no_gradients(x, y, axes, both=not triangle)
+    dx, dy, total, dbias = loop(x, y, start, triangle=triangle)
+  elif plan.ring:
+    dx, dy, total, dbias = _ring_backward(plan, axes, arrays, x, y, loop)
   else:
-    center = jax.lax.pmean(center, axes)
     all_y = gathered._replace(stats=gather(y.stats, axes))
-    dx, _, dscale, dbias = _backward(x, all_y, scale, center, False, False, axes)
+    dx, _, total, dbias = loop(x, all_y, _no_gradients(x, all_y, axes))
     if plan.mode != "self":
       all_x = gather(x, axes)
-      dy, _, _, dbias = _backward(y, all_x, scale, center, False, False, axes)
+      dy, _, _, dbias = loop(y, all_x, _no_gradients(y, all_x, axes))
+  # Where no triangle halves them, the rows of "self" have met each logit twice.
+  twice = plan.mode == "self" and axes is not None
+  dscale += total / 2 if twice else total
 
-  dscale -= jnp.sum(x.stats.g * (reference - center))
-  if plan.mode == "pair":
-    dscale -= jnp.sum(y.stats.g * (reference - center))
   if plan.mode == "self":
-    g = x.stats.g + jnp.roll(x.stats.g, len(x.stats.g) // 2)
-    dx -= g[:, None] * _unit(x._replace(z=jnp.concatenate([arrays.y, arrays.x])), True)
-    dx, dy = jnp.split(dx, 2)
-  elif plan.aligned:
-    g = x.stats.g if plan.mode == "rows" else x.stats.g + y.stats.g
-    dx -= g[:, None] * _unit(y)
-    dy -= g[:, None] * _unit(x)
+    dx, dy = (dx, dy) if plan.ring and axes is not None else jnp.split(dx, 2)
+    weights = sum(jnp.split(weights, 2))
+  if plan.aligned:
+    dx -= weights[:, None] * _unit(plan, arrays.y, arrays.y_scale)
+    dy -= weights[:, None] * _unit(plan, arrays.x)
   dx, dy = scale * dx, scale * dy
 
   dy_scale = None
   if arrays.y_scale is not None:
-    unit = arrays.y.astype(jnp.float32)
-    if plan.normalize:
-      unit *= inverse_norm(arrays.y)[:, None]
-    dy_scale = jnp.sum(unit * dy, axis=1).astype(arrays.y_scale.dtype)
-    dy *= arrays.y_scale.astype(jnp.float32)[:, None]
+    dy_scale = jnp.sum(_unit(plan, arrays.y) * dy, axis=1).astype(arrays.y_scale.dtype)
+    dy *= _f32(arrays.y_scale)[:, None]
   if plan.normalize:
     dx, dy = normalize_vjp(arrays.x, dx), normalize_vjp(arrays.y, dy)
+  dreference = None
+  if arrays.reference is not None:
+    dreference = (-scale * x.stats.g).astype(arrays.reference.dtype)
   return _Arrays(
     x=dx.astype(arrays.x.dtype),
     y=dy.astype(arrays.y.dtype),
     scale=dscale,
-    reference=None
-    if arrays.reference is None
-    else (-scale * x.stats.g).astype(arrays.reference.dtype),
+    reference=dreference,
     bias=None if arrays.bias is None else dbias.astype(arrays.bias.dtype),
     y_scale=dy_scale,
     row_ids=None,
@@ -360,50 +372,111 @@ def _local_backward(plan, axes, arrays, out, gathered, g):
   )
 
 
+# The ring: one side stays, the other travels, and comes home after as many hops as
+# there are devices. Nothing is gathered; both passes compute the tiles as they come.
+
+
+def ring_loop(axes, body, carry, traveller, luggage):
+  """`carry, luggage = body(carry, traveller, luggage)` on every shard of the traveller.
+
+  The luggage is what the traveller collects on its way home.
+  """
+  size = jax.lax.axis_size(axes)
+  order = [(i, (i + 1) % size) for i in range(size)]
+
+  def hop(state, _):
+    carry, traveller, luggage = state
+    carry, luggage = body(carry, traveller, luggage)
+    send = lambda a: jax.lax.ppermute(a, axes, order)
+    return (carry, *jax.tree.map(send, (traveller, luggage))), None
+
+  carry, _, luggage = jax.lax.scan(hop, (carry, traveller, luggage), None, size)[0]
+  return carry, luggage
+
+
+def _ring_forward(plan, axes, arrays, x, y, rows):
+  def body(rows, y, cols):
+    return _forward(x, y, arrays.scale, rows, cols)
+
+  if plan.mode == "self":
+    for view in _views(x):
+      rows, _ = ring_loop(axes, body, rows, view, None)
+    return tuple(jnp.split(_finish(rows), 2)), None
+  cols = _no_logits(y.z.shape[0], axes) if plan.mode == "pair" else None
+  rows, cols = ring_loop(axes, body, rows, y, cols)
+  return (_finish(rows),) + (() if cols is None else (_finish(cols),)), None
+
+
+def _ring_backward(plan, axes, arrays, x, y, loop):
+  def around(rows, columns, carry):
+    body = lambda carry, columns, _: (loop(rows, columns, carry), None)
+    return ring_loop(axes, body, carry, columns, None)[0]
+
+  if plan.mode != "self":
+    dx, _, total, _ = around(x, y, _no_gradients(x, y, axes))
+    dy, _, _, dbias = around(y, x, _no_gradients(y, x, axes))
+    return dx, dy, total, dbias
+  grads, total = [], 0.0
+  for rows in _views(x):  # one view's gradient at a time, for the memory's sake
+    carry = _no_gradients(rows, rows, axes)
+    for columns in _views(x):
+      carry = around(rows, columns, carry)
+    grads.append(carry[0])
+    total += carry[2]
+  return *grads, total, None
+
+
+def _views(side):
+  """The two halves of the rows of "self"."""
+  b = side.z.shape[0] // 2
+  first, second = (lambda a: a[:b]), (lambda a: a[b:])
+  return [jax.tree.map(first, side), jax.tree.map(second, side)]
+
+
 def _sides(plan, arrays):
-  """The rows and columns on this device."""
-  norm_x = norm_y = None
+  """The rows and columns on this device, with the references of their softmaxes."""
+  norm_x = norm_y = reference_y = None
   if plan.normalize:
     norm_x, norm_y = inverse_norm(arrays.x), inverse_norm(arrays.y)
+  if plan.aligned:
+    reference = jnp.sum(_unit(plan, arrays.x) * _unit(plan, arrays.y), axis=1)
+    if arrays.y_scale is not None:
+      reference *= _f32(arrays.y_scale)
+  elif arrays.reference is not None:
+    reference = _f32(arrays.reference)
+  else:
+    reference = jnp.zeros_like(arrays.x[:, 0], jnp.float32)
   if plan.mode == "self":
-    z = jnp.concatenate([arrays.x, arrays.y])
-    norm = None if norm_x is None else jnp.concatenate([norm_x, norm_y])
-    side = _Side(z, norm, None, jnp.concatenate([arrays.row_ids, arrays.col_ids]))
+    join = lambda a, b: jnp.concatenate([a, b])
+    norm = None if norm_x is None else join(norm_x, norm_y)
+    ids, stats = (
+      join(arrays.row_ids, arrays.col_ids),
+      _Stats(join(reference, reference)),
+    )
+    side = _Side(join(arrays.x, arrays.y), norm, None, ids, stats)
     return side, side
   if arrays.y_scale is not None:
-    y_scale = arrays.y_scale.astype(jnp.float32)
+    y_scale = _f32(arrays.y_scale)
     norm_y = y_scale if norm_y is None else norm_y * y_scale
-  bias = None if arrays.bias is None else arrays.bias.astype(jnp.float32)
+  if plan.mode == "pair":
+    reference_y = _Stats(reference)
+  bias = None if arrays.bias is None else _f32(arrays.bias)
   return (
-    _Side(arrays.x, norm_x, None, arrays.row_ids),
-    _Side(arrays.y, norm_y, bias, arrays.col_ids),
+    _Side(arrays.x, norm_x, None, arrays.row_ids, _Stats(reference)),
+    _Side(arrays.y, norm_y, bias, arrays.col_ids, reference_y),
   )
-
-
-def _references(plan, arrays, x, y):
-  if plan.mode == "self":
-    b = arrays.x.shape[0]
-    c = jnp.sum(_f32(arrays.x) * _f32(arrays.y), axis=1)
-    c = c if x.norm is None else c * x.norm[:b] * x.norm[b:]
-    return jnp.concatenate([c, c])
-  if plan.aligned:
-    c = jnp.sum(_f32(arrays.x) * _f32(arrays.y), axis=1)
-    c = c if x.norm is None else c * x.norm
-    return c if y.norm is None else c * y.norm
-  if arrays.reference is not None:
-    return _f32(arrays.reference)
-  return jnp.zeros_like(arrays.x[:, 0], jnp.float32)
 
 
 def _f32(a):
   return a.astype(jnp.float32)
 
 
-def _unit(side, swapped=False):
-  if side.norm is None:
-    return _f32(side.z)
-  norm = jnp.roll(side.norm, len(side.norm) // 2) if swapped else side.norm
-  return _f32(side.z) * norm[:, None]
+def _unit(plan, z, factor=None):
+  """What stands for z in the similarities, float32."""
+  unit = _f32(z)
+  if plan.normalize:
+    unit *= inverse_norm(z)[:, None]
+  return unit if factor is None else unit * _f32(factor)[:, None]
 
 
 def gather(tree, axes):
@@ -430,11 +503,12 @@ def normalize_vjp(z, d):
 # The tile loops.
 
 
-def tile_sizes(n, m):
-  return min(n, 512), min(m, 1024)
+def tile_sizes(n, m, triangle=False):
+  """A tile of logits takes at most 2 MiB, and its operands fit a cache beside it."""
+  return min(n, 512), min(m, 512 if triangle else 1024)
 
 
-def tile_table(n, m, tile_n, tile_m, triangle):
+def tile_table(n, m, tile_n, tile_m, triangle=False):
   rows, cols = -(-n // tile_n), -(-m // tile_m)
   table = [(i, j) for i in range(rows) for j in range(cols) if j >= i or not triangle]
   return np.array(table, np.int32)
@@ -517,13 +591,23 @@ def zeros(shape, axes, value=0.0):
   return a if axes is None else vary(a, axes)
 
 
-def _forward(x, y, scale, reference_x, reference_y, triangle, axes, reduce=None):
+def _no_logits(n, axes):
+  return zeros((n,), axes, -jnp.inf), zeros((n,), axes)
+
+
+def _finish(stats):
+  top, total = stats
+  return _finite(top) + jnp.log(total)
+
+
+def _forward(x, y, scale, rows, cols, triangle=False):
+  """Adds all tiles to the running maxima and sums of the rows and of the columns.
+
+  cols is None where the columns have no softmax. triangle: x and y are one side, and
+  each pair of tiles is computed once.
+  """
   n, m = x.z.shape[0], y.z.shape[0]
-  tile_n, tile_m = tile_sizes(n, m)
-  if triangle:
-    tile_n = tile_m = min(tile_n, tile_m)
-  x = x._replace(stats=_Stats(reference_x, None))
-  y = y._replace(stats=_Stats(reference_y, None))
+  tile_n, tile_m = tile_sizes(n, m, triangle)
 
   def step(carry, ij):
     rows, cols = carry
@@ -536,41 +620,38 @@ def _forward(x, y, scale, reference_x, reference_y, triangle, axes, reduce=None)
     weight = jnp.where(i == j, 0.5, 1.0) if triangle else 1.0
     s = _logits(c, keep, scale, tile_x.stats.reference[:, None], tile_x, tile_y)
     rows = _merge(rows, i, tile_n, s, 1, weight)
+    if triangle or cols is not None:
+      s = _logits(c, keep, scale, tile_y.stats.reference[None, :], tile_x, tile_y)
     if triangle:
-      reference = take(x, j, tile_m)[0].stats.reference
-      s = _logits(c, keep, scale, reference[None, :], tile_x, tile_y)
       rows = _merge(rows, j, tile_m, s, 0, weight)
-    elif reference_y is not None:
-      reference = tile_y.stats.reference
-      s = _logits(c, keep, scale, reference[None, :], tile_x, tile_y)
-      cols = _merge(cols, j, tile_m, s, 0, 1.0)
+    elif cols is not None:
+      cols = _merge(cols, j, tile_m, s, 0, weight)
     return (rows, cols), None
 
-  start = lambda k: (zeros((k,), axes, -jnp.inf), zeros((k,), axes))
-  cols = None if reference_y is None else start(m)
   table = tile_table(n, m, tile_n, tile_m, triangle)
-  (rows, cols), _ = jax.lax.scan(step, (start(n), cols), (table[:, 0], table[:, 1]))
-  if cols is not None and reduce is not None:
-    top = jax.lax.pmax(cols[0], reduce)
-    total = cols[1] * jnp.exp(cols[0] - _finite(top))
-    total = jax.lax.psum_scatter(total, reduce, tiled=True)
-    k = m // jax.lax.axis_size(reduce)
-    top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(reduce) * k, k)
-    cols = top, total
-  finish = lambda top, total: _finite(top) + jnp.log(total)
-  return finish(*rows), None if cols is None else finish(*cols)
+  return jax.lax.scan(step, (rows, cols), (table[:, 0], table[:, 1]))[0]
 
 
-def _backward(x, y, scale, center, want_y, triangle, axes):
-  """Sums over j of w_ij y_j, over i of w_ij x_i, and of w_ij (c_ij - center).
+def _no_gradients(x, y, axes, both=False):
+  """Zeros for `_backward`: the gradients of x, y, of the scale and of the bias."""
+  bias = [side for side in (x, y)[: 2 if both else 1] if side.bias is not None]
+  return (
+    zeros(x.z.shape, axes),
+    zeros(y.z.shape, axes) if both else None,
+    zeros((), axes),
+    zeros(bias[0].bias.shape, axes) if bias else None,
+  )
+
+
+def _backward(x, y, carry, *, scale, center, triangle=False):
+  """Adds sums over j of w_ij y_j, over i of w_ij x_i, and of w_ij (c_ij - center).
 
   w_ij is the derivative in s_ij of the sum of g * lse over the softmaxes of the rows
-  (where x has stats) and of the columns (where y has).
+  (where x has stats) and of the columns (where y has). The sums over i are left out
+  where the carry has no place for them.
   """
-  (n, d), m = x.z.shape, y.z.shape[0]
-  tile_n, tile_m = tile_sizes(n, m)
-  if triangle:
-    tile_n = tile_m = min(tile_n, tile_m)
+  n, m = x.z.shape[0], y.z.shape[0]
+  tile_n, tile_m = tile_sizes(n, m, triangle)
 
   def probabilities(c, keep, axis, stats, x, y):
     line = lambda a: jnp.expand_dims(a, axis)
@@ -591,27 +672,21 @@ def _backward(x, y, scale, center, want_y, triangle, axes):
     if triangle:
       w *= jnp.where(i == j, 0.5, 1.0)
     dscale += jnp.sum(w * (c - center))
-    if x.bias is not None:
-      dbias = add(dbias, i, tile_n, jnp.sum(w, axis=1))
-    if y.bias is not None and want_y:
-      dbias = add(dbias, j, tile_m, jnp.sum(w, axis=0))
+    if dbias is not None:
+      if x.bias is not None:
+        dbias = add(dbias, i, tile_n, jnp.sum(w, axis=1))
+      else:
+        dbias = add(dbias, j, tile_m, jnp.sum(w, axis=0))
     w_y = w if y.norm is None else w * tile_y.norm[None, :]
     dx = add(dx, i, tile_n, product(w_y.astype(y.z.dtype), tile_y.z, ((1,), (0,))))
-    if want_y:
+    if triangle or dy is not None:
       w_x = w if x.norm is None else w * tile_x.norm[:, None]
-      d_tile = product(w_x.astype(x.z.dtype), tile_x.z, ((0,), (0,)))
+      mirror = product(w_x.astype(x.z.dtype), tile_x.z, ((0,), (0,)))
       if triangle:
-        dx = add(dx, j, tile_m, d_tile)
+        dx = add(dx, j, tile_m, mirror)
       else:
-        dy = add(dy, j, tile_m, d_tile)
+        dy = add(dy, j, tile_m, mirror)
     return (dx, dy, dscale, dbias), None
 
-  dy = zeros((m, d), axes) if want_y and not triangle else None
-  dbias = None
-  if x.bias is not None:
-    dbias = zeros((n,), axes)
-  elif y.bias is not None and want_y:
-    dbias = zeros((m,), axes)
   table = tile_table(n, m, tile_n, tile_m, triangle)
-  start = (zeros((n, d), axes), dy, zeros((), axes), dbias)
-  return jax.lax.scan(step, start, (table[:, 0], table[:, 1]))[0]
+  return jax.lax.scan(step, carry, (table[:, 0], table[:, 1]))[0]
