@@ -18,7 +18,7 @@ from etils import epath
 
 from clj import augment, checkpoint, log, sharding, workdir
 from clj.data import images, pipeline, sources
-from clj.evals import EVALS, diagnostics
+from clj.evals import EVALS, NEEDS_LABELS, diagnostics
 from clj.evals.knn import color_histogram, raw_pixels
 from clj.methods import make_method
 
@@ -78,6 +78,9 @@ def make_evaluate(
   for label, options in evals.items():
     if (name := options.get("name", label)) not in EVALS:
       raise ValueError(f"no evaluation {name!r}; there are: {', '.join(EVALS)}")
+  if not train_source.class_names:  # such as a folder without class sub-folders
+    named = {label: options.get("name", label) for label, options in evals.items()}
+    evals = {k: v for k, v in evals.items() if named[k] not in NEEDS_LABELS}
   test_source = sources.open_source(
     data["source"], data["test_split"], data["data_dir"] or None
   )

@@ -28,6 +28,7 @@ def _diagnostics(train, test, classes, *, layer="features"):
   return diagnostics.diagnostics(test[layer], test["views"], labels=test["index"])
 
 
+NEEDS_LABELS = ("knn", "linear_probe")
 EVALS = {
   "knn": _by_label(knn.knn),
   "linear_probe": _by_label(linear_probe.linear_probe),
