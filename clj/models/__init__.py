@@ -55,7 +55,7 @@ def _resnet(depths, bottleneck, width=1, stem="imagenet", **kwargs):
   return ResNet(widths, depths, bottleneck, stem, **kwargs)
 
 
-def _resnet_small(widths=(24, 48, 96), depths=(1, 1, 1), stem="half", **kwargs):
+def _resnet_small(widths=(24, 48, 96), depths=(1, 1, 1), stem="patch", **kwargs):
   return ResNet(tuple(widths), tuple(depths), False, stem, **kwargs)
 
 
@@ -77,7 +77,7 @@ def image(name="resnet18", **kwargs) -> Network:
   name: a key of `IMAGE`. kwargs for the ResNets of the paper: `width` 1, 2 or 4
   (multiplies every layer), `stem` "imagenet" or "cifar", `zero_last_gamma` (True),
   `dtype` "float32" or "bfloat16" (of the computation only). `resnet_small` takes
-  `widths` and `depths` of its stages instead of `width`, and `stem` "half" too.
+  `widths` and `depths` of its stages instead of `width`, and `stem` "patch" too.
 
   Raises ValueError for an unknown name.
   """

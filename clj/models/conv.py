@@ -144,16 +144,16 @@ def _weight_gradient_cpu(x, g, *, size, stride):
   lanes = math.gcd(n, LANES)
   images = math.gcd(n // lanes, max(1, CHUNK // (height * width)))
   chunks = n // (lanes * images)
-  if n * height * width <= LANES * CHUNK:
-    total = products(x[None], g[None])
+  x = x.reshape(lanes, chunks, images, *x.shape[1:])
+  g = g.reshape(lanes, chunks, images, *g.shape[1:])
+
+  def add(i, total):
+    part = partial(lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False)
+    return total + products(part(x), part(g))
+
+  if chunks == 1:
+    total = products(x[:, 0], g[:, 0])
   else:
-    x = x.reshape(lanes, chunks, images, *x.shape[1:])
-    g = g.reshape(lanes, chunks, images, *g.shape[1:])
-
-    def add(i, total):
-      part = partial(lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False)
-      return total + products(part(x), part(g))
-
     total = jnp.zeros((size * size, lanes, outputs, channels), jnp.float32)
     total = lax.fori_loop(0, chunks, add, total)
   dkernel = total.sum(1).reshape(size, size, outputs, channels).swapaxes(2, 3)

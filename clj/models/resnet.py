@@ -56,7 +56,8 @@ class ResNet(nn.Module):
   widths: inner channels of each stage; every stage but the first halves the sides.
   depths: blocks of each stage.
   stem: "imagenet" is a 7x7 convolution of stride 2 and a 3x3 max-pool of stride 2;
-    "cifar" a 3x3 convolution of stride 1; "half" a 4x4 convolution of stride 2.
+    "cifar" a 3x3 convolution of stride 1; "patch" a 2x2 convolution of stride 2, a
+    linear map of patches, which costs next to nothing.
   zero_last_gamma: start every residual branch at zero.
   dtype: of the computation; parameters, statistics and features are float32.
   """
@@ -70,7 +71,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    size, stride = {"imagenet": (7, 2), "cifar": (3, 1), "half": (4, 2)}[self.stem]
+    size, stride = {"imagenet": (7, 2), "cifar": (3, 1), "patch": (2, 2)}[self.stem]
     x = Conv(self.widths[0], size, stride, dtype=self.dtype, name="conv_stem")(x)
     x = nn.relu(BatchNorm(dtype=self.dtype, name="bn_stem")(x, train))
     if self.stem == "imagenet":
