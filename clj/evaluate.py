@@ -113,7 +113,7 @@ def make_evaluate(
       return None
     if data["views"] > 1:
       found["test"]["views"] = views_of_test(params, extra)
-    metrics = {}
+    metrics = {"eval/records": float(len(test_source))}
     for label, options in evals.items():
       kwargs = dict(options)
       run = EVALS[name := kwargs.pop("name", label)]
