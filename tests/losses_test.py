@@ -1,11 +1,14 @@
 """Every loss against a slow float64 twin, on 1 to 8 devices, and by its properties.
 
-A case is a loss `(inputs, axis_name=None) -> scalar`, a twin in plain NumPy that reads
-like the paper, and inputs. Gradients of the twins are directional differences.
+A case is a loss, a twin in plain NumPy that reads like the paper, and inputs. All cases
+are one program on one device, one on each mesh and one in each form of a local step:
+each has inputs of its own, so that the gradient of their sum is that of each.
 """
 
+import functools
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +200,127 @@ def triplet_semihard_twin(x, label, margin=1.0):
   return np.mean(hinges)
 
 
+def cross_entropy(logits, positive):
+  """Of one row; `positive` is the place of the right column among its logits."""
+  return -log_softmax(np.asarray(logits))[positive]
+
+
+def moco_twin(query, key, queue, temperature):
+  rows = [
+    cross_entropy(np.concatenate([[q @ k], queue @ q]) / temperature, 0)
+    for q, k in zip(unit(query), unit(key))
+  ]
+  return np.mean(rows)
+
+
+def one_way_twin(query, key, temperature):
+  """The mean cross-entropy of each query's own among all keys."""
+  return np.mean([cross_entropy(key @ q / temperature, i) for i, q in enumerate(query)])
+
+
+def moco_v3_twin(q1, q2, k1, k2, temperature):
+  contrast = lambda q, k: one_way_twin(unit(q), unit(k), temperature)
+  return 2 * temperature * (contrast(q1, k2) + contrast(q2, k1))
+
+
+def simcse_twin(z1, z2, z3, temperature, weight):
+  z1, z2, z3 = unit(z1), unit(z2), unit(z3)
+  rows = []
+  for i, z in enumerate(z1):
+    hard = z3 @ z / temperature
+    hard[i] += weight
+    rows.append(cross_entropy(np.concatenate([z2 @ z / temperature, hard]), i))
+  return np.mean(rows)
+
+
+def dense_retrieval_twin(query, passage, ids=None):
+  stride, rows = len(passage) // len(query), []
+  ids = np.arange(len(passage)) if ids is None else ids
+  for i, q in enumerate(query):
+    own = i * stride
+    kept = [j for j in range(len(passage)) if j == own or ids[j] != ids[own]]
+    rows.append(cross_entropy(passage[kept] @ q, kept.index(own)))
+  return np.mean(rows)
+
+
+def supcon_twin(z, label, temperature, base_temperature):
+  rows = []
+  for i in range(len(z)):
+    others = [j for j in range(len(z)) if j != i]
+    positives = [n for n, j in enumerate(others) if label[j] == label[i]]
+    log_p = log_softmax(z[others] @ z[i] / temperature)
+    rows.append(-np.mean(log_p[positives]) if positives else 0.0)
+  return temperature / base_temperature * np.mean(rows)
+
+
+def nt_xent_labels_twin(x, label, temperature):
+  z, pairs = unit(x), []
+  for i in range(len(z)):
+    negatives = z[label != label[i]] @ z[i] / temperature
+    for j in range(len(z)):
+      if j != i and label[j] == label[i]:
+        positive = z[j] @ z[i] / temperature
+        pairs.append(cross_entropy(np.concatenate([[positive], negatives]), 0))
+  return np.mean(pairs)
+
+
+def audioclip_twin(audio, image, text, *log_scales):
+  total = 0.0
+  pairs = ((audio, image), (audio, text), (image, text))
+  for (a, b), log_scale in zip(pairs, log_scales):
+    t = 1 / np.clip(np.exp(log_scale), 1, 100)
+    a, b = unit(a), unit(b)
+    total += one_way_twin(a, b, t) + one_way_twin(b, a, t)
+  return total / 6
+
+
+def clip_distill_twin(image, text, teacher_image, teacher_text, scale, teacher_scale):
+  student = scale * image @ text.T
+  teacher = teacher_scale * teacher_image @ teacher_text.T
+  one_way = lambda t, s: np.mean(-np.sum(softmax(t) * log_softmax(s), axis=1))
+  return (one_way(teacher, student) + one_way(teacher.T, student.T)) / 2
+
+
+def cpc_twin(context, encoded, predictors, temperature, negatives=None):
+  rows = []
+  batch, window = len(context), context.shape[1] - len(predictors)
+  for k, w in enumerate(predictors):
+    moments = [(b, t) for b in range(batch) for t in range(window)]
+    for b, t in moments:
+      predicted, own = w @ context[b, t], encoded[b, t + k + 1]
+      if negatives is None:
+        drawn = [encoded[c, u + k + 1] for c, u in moments if (c, u) != (b, t)]
+      else:
+        drawn = [encoded[c, u] for c, u in zip(*(n[b, :, t] for n in negatives))]
+      scores = np.array([own, *drawn]) @ predicted / temperature
+      rows.append(cross_entropy(scores, 0))
+  return np.mean(rows)
+
+
+def bpr_twin(user, positive, negative):
+  difference = np.sum(user * negative, 1) - np.sum(user * positive, 1)
+  return np.mean(np.log1p(np.exp(difference)))
+
+
+def sgl_twin(view1, view2, index, temperature):
+  view1, view2 = unit(view1), unit(view2)
+  return sum(cross_entropy(view2 @ view1[i] / temperature, i) for i in index)
+
+
+def sampled_softmax_twin(
+  query, item, more, q, more_q, ids, more_ids, temperature, correct, hard, weights
+):
+  items, q = np.concatenate([item, more]), np.concatenate([q, more_q])
+  ids, rows = np.concatenate([ids, more_ids]), []
+  for i, row in enumerate(query):
+    logits = items @ row / temperature - np.log(np.clip(q, 1e-6, 1))
+    if not correct:
+      logits[i] += np.log(np.clip(q[i], 1e-6, 1))
+    negatives = np.sort(logits[ids != ids[i]])[::-1][:hard]
+    rows.append(cross_entropy(np.concatenate([logits[i : i + 1], negatives]), 0))
+  return np.sum(weights * rows) / np.sum(weights)
+
+
 # Cases: inputs that are differentiated, loss, twin. Targets, labels and masks are
 # closed over in the twin and part of `fixed` in the loss, which is sharded alike.
 
@@ -214,23 +338,30 @@ PAIR = {"z1": normal(0, B, D), "z2": normal(0, B, D) + 0.3 * normal(1, B, D)}
 ONE = {"x": normal(2, B, D)}
 CLOSE = {"x": normal(3, B, D)}  # with rows that coincide and nearly coincide
 CLOSE["x"][9] = CLOSE["x"][2]  # of other labels and, on 2 and more, other devices
-CLOSE["x"][14] = CLOSE["x"][6] + 1e-3
-CLOSE["x"][5] = CLOSE["x"][12] + 1e-2
+CLOSE["x"][14] = CLOSE["x"][6] + 1e-2
+CLOSE["x"][5] = CLOSE["x"][12] + 3e-2
+
+
+class Case(NamedTuple):
+  loss: Any  # `(**inputs, **fixed) -> scalar`
+  twin: Any  # `(**inputs) -> scalar`
+  inputs: dict  # what is differentiated
+  fixed: dict  # sharded like the inputs, not differentiated
+  axis: bool  # the loss takes `axis_name` too
+
 
 CASES = {}
 
 
-def case(name, inputs, twin, fixed=None, axis=True):
-  """Enters a loss `(axis_name=None, **inputs, **fixed)`; axis: it has such a form."""
-
+def case(name, inputs, twin, fixed=None, axis=False):
   def enter(loss):
-    CASES[name] = (loss, twin, inputs, fixed or {}, axis)
+    CASES[name] = Case(loss, twin, inputs, fixed or {}, axis)
     return loss
 
   return enter
 
 
-@case("barlow_twins", PAIR, lambda z1, z2: barlow_twins_twin(z1, z2))
+@case("barlow_twins", PAIR, lambda z1, z2: barlow_twins_twin(z1, z2), axis=True)
 def _(z1, z2, axis_name=None):
   return losses.barlow_twins(z1, z2, axis_name=axis_name)
 
@@ -239,24 +370,23 @@ def _(z1, z2, axis_name=None):
   "barlow_twins_groups",
   PAIR,
   lambda z1, z2: barlow_twins_twin(z1, z2, 0.02, 1e-3, 2),
-  axis=False,
 )
 def _(z1, z2):
   return losses.barlow_twins(z1, z2, 0.02, eps=1e-3, groups=2)
 
 
-@case("vicreg", PAIR, lambda z1, z2: vicreg_twin(0.3 * z1, z2, 10, 5, 2))
+@case("vicreg", PAIR, lambda z1, z2: vicreg_twin(0.3 * z1, z2, 10, 5, 2), axis=True)
 def _(z1, z2, axis_name=None):
   return losses.vicreg(0.3 * z1, z2, 10, 5, 2, axis_name=axis_name)
 
 
 @case("koleo", ONE, koleo_twin)
-@case("koleo_ties", CLOSE, koleo_twin)
+@case("koleo_ties", CLOSE, koleo_twin, axis=True)
 def _(x, axis_name=None):
   return losses.koleo(x, axis_name=axis_name)
 
 
-@case("koleo_groups", ONE, lambda x: koleo_twin(x, groups=2), axis=False)
+@case("koleo_groups", ONE, lambda x: koleo_twin(x, groups=2))
 def _(x):
   return losses.koleo(x, groups=2)
 
@@ -264,7 +394,7 @@ def _(x):
 @case(
   "byol", {"x": normal(4, B, D)}, lambda x: byol_twin(x, TARGET), {"target": TARGET}
 )
-def _(x, target, axis_name=None):
+def _(x, target):
   return losses.byol(x, target)
 
 
@@ -291,6 +421,7 @@ SCORES = {"scores": np.tanh(normal(12, B, 3, K))}
     np.stack([sinkhorn_twin(SCORES["scores"][:, g].astype(float)) for g in (0, 1)], 1),
   ),
   {"stopped": SCORES["scores"]},
+  axis=True,
 )
 def _(scores, stopped, axis_name=None):
   codes = losses.swav_codes(stopped[:, :2], axis_name=axis_name)
@@ -303,7 +434,7 @@ def _(scores, stopped, axis_name=None):
   lambda student: swav_twin(student, CODES, 0.3) + dino_v2_twin(student, CODES, 0.2),
   {"target": CODES},
 )
-def _(student, target, axis_name=None):
+def _(student, target):
   v1 = losses.dino(student, target, 0.3)
   return v1 + losses.dino(student, target, 0.2, pairs="v2")
 
@@ -314,7 +445,7 @@ def _(student, target, axis_name=None):
   lambda student: ibot_twin(student, PATCHES, MASK),
   {"target": PATCHES, "mask": MASK},
 )
-def _(student, target, mask, axis_name=None):
+def _(student, target, mask):
   return losses.ibot(student, target, mask)
 
 
@@ -328,7 +459,7 @@ def _(student, target, mask, axis_name=None):
   ),
   {"teacher": TEACHER},
 )
-def _(student, teacher, axis_name=None):
+def _(student, teacher):
   return (
     losses.gram(student, teacher)
     + losses.gram(student, teacher, negatives="clip")
@@ -341,7 +472,6 @@ def _(student, teacher, axis_name=None):
   {"student": normal(15, B, 4, D)},
   lambda student: gram_twin(student, TEACHER, "batch", "clip"),
   {"teacher": TEACHER},
-  axis=False,
 )
 def _(student, teacher):
   return losses.gram(student, teacher, level="batch", negatives="clip")
@@ -352,7 +482,7 @@ def _(student, teacher):
   {k: normal(s, B, D) for s, k in enumerate(("anchor", "positive", "negative"), 16)},
   triplet_twin,
 )
-def _(anchor, positive, negative, axis_name=None):
+def _(anchor, positive, negative):
   return losses.triplet(anchor, positive, negative)
 
 
@@ -363,6 +493,7 @@ for _mining in ("all", "hard", "semihard"):
     CLOSE if _mining == "all" else ONE,
     lambda x, mining=_mining: triplet_batch_all_twin(x, LABEL, 0.4, mining),
     {"label": LABEL},
+    axis=_mining == "all",
   )
   def _(x, label, axis_name=None, mining=_mining):
     return losses.triplet_batch_all(x, label, 0.4, mining=mining, axis_name=axis_name)
@@ -373,6 +504,7 @@ for _mining in ("all", "hard", "semihard"):
   CLOSE,
   lambda x: triplet_batch_hard_twin(x, LABEL, 0.7),
   {"label": LABEL},
+  axis=True,
 )
 def _(x, label, axis_name=None):
   return losses.triplet_batch_hard(x, label, 0.7, axis_name=axis_name)
@@ -393,39 +525,270 @@ def _(x, label, axis_name=None):
   CLOSE,
   lambda x: triplet_semihard_twin(x, LABEL, 0.7),
   {"label": LABEL},
+  axis=True,
 )
 def _(x, label, axis_name=None):
   return losses.triplet_semihard(x, label, 0.7, axis_name=axis_name)
 
 
+TRIPLE = {k: normal(s, B, D) for s, k in enumerate(("audio", "image", "text"), 20)}
+PAIRED = {"image": unit(TRIPLE["image"]), "text": unit(TRIPLE["text"])}
+TEACHERS = {k: unit(normal(23 + i, B, 4)) for i, k in enumerate(("t_image", "t_text"))}
+QUEUE = unit(normal(25, 24, D))
+PASSAGE = normal(26, 2 * B, D)
+PASSAGE_IDS = np.arange(2 * B, dtype=np.int32) % 29  # three passages come twice
+SEQUENCES = {
+  "context": normal(27, B, 5, 4),
+  "encoded": normal(28, B, 5, 3),
+  "predictors": normal(29, 2, 3, 4),
+}
+DRAWN = tuple(
+  np.random.default_rng(30 + i).integers(0, n, (B, 4, 3)) for i, n in enumerate((B, 5))
+)
+NODES = {"view1": normal(32, 24, D), "view2": normal(33, 24, D)}
+INDEX = np.random.default_rng(34).integers(0, 24, B).astype(np.int32)
+TOWERS = {"query": normal(35, B, D), "item": normal(36, B, D), "more": normal(37, B, D)}
+SAMPLED = {
+  "q": np.random.default_rng(38).random(B).astype(np.float32),
+  "more_q": np.random.default_rng(39).random(B).astype(np.float32),
+  "ids": np.arange(B, dtype=np.int32) % 13,
+  "more_ids": np.arange(B, dtype=np.int32) + 5,
+  "weights": np.random.default_rng(40).random(B).astype(np.float32),
+}
+
+
+@case(
+  "moco",
+  {"query": normal(41, B, D)},
+  lambda query: moco_twin(query, TARGET, QUEUE, 0.2),
+  {"key": TARGET, "queue": QUEUE},
+)
+def _(query, key, queue):
+  return losses.moco(query, key, queue, 0.2)
+
+
+@case(
+  "moco_v3",
+  {"q1": normal(42, B, D), "q2": normal(43, B, D)},
+  lambda q1, q2: moco_v3_twin(q1, q2, TARGET, TARGET[::-1], 0.3),
+  {"k1": TARGET, "k2": TARGET[::-1]},
+  axis=True,
+)
+def _(q1, q2, k1, k2, axis_name=None):
+  return losses.moco_v3(q1, q2, k1, k2, 0.3, axis_name=axis_name)
+
+
+@case(
+  "simcse",
+  {"z1": normal(44, B, D), "z2": normal(45, B, D), "z3": normal(46, B, D)},
+  lambda z1, z2, z3: (
+    one_way_twin(unit(z1), unit(z2), 0.1) + simcse_twin(z1, z2, z3, 0.2, -0.7)
+  ),
+  axis=True,
+)
+def _(z1, z2, z3, axis_name=None):
+  unsupervised = losses.simcse(z1, z2, 0.1, axis_name=axis_name)
+  return unsupervised + losses.simcse(
+    z1, z2, 0.2, negative=z3, negative_weight=-0.7, axis_name=axis_name
+  )
+
+
+@case(
+  "dense_retrieval",
+  {"query": normal(47, B, D), "passage": PASSAGE},
+  lambda query, passage: (
+    dense_retrieval_twin(query, passage)
+    + dense_retrieval_twin(query, passage, PASSAGE_IDS)
+  ),
+  {"ids": PASSAGE_IDS},
+  axis=True,
+)
+def _(query, passage, ids, axis_name=None):
+  plain = losses.dense_retrieval(query, passage, axis_name=axis_name)
+  return plain + losses.dense_retrieval(query, passage, ids=ids, axis_name=axis_name)
+
+
+@case(
+  "supcon",
+  {"z": unit(normal(48, B, D))},
+  lambda z: supcon_twin(z, LABEL, 0.2, 0.07),
+  {"label": LABEL},
+)
+@case(
+  "supcon_alone",  # a row without a positive, labels that are no small numbers
+  {"z": unit(normal(48, B, D))},
+  lambda z: supcon_twin(z, LONELY, 0.2, 0.07),
+  {"label": (LONELY := np.where(np.arange(B) == 6, -9, 7 ** (LABEL + 1)).astype("i4"))},
+  axis=True,
+)
+def _(z, label, axis_name=None):
+  return losses.supcon(z, label, 0.2, base_temperature=0.07, axis_name=axis_name)
+
+
+@case(
+  "nt_xent_labels",
+  {"x": normal(49, B, D)},
+  lambda x: nt_xent_labels_twin(x, LABEL, 0.2),
+  {"label": LABEL},
+  axis=True,
+)
+def _(x, label, axis_name=None):
+  return losses.nt_xent_labels(x, label, 0.2, axis_name=axis_name)
+
+
+@case(
+  "audioclip",
+  {**TRIPLE, "s1": np.float32(1.0), "s2": np.float32(2.0), "s3": np.float32(0.5)},
+  lambda audio, image, text, s1, s2, s3: audioclip_twin(audio, image, text, s1, s2, s3),
+  axis=True,
+)
+def _(audio, image, text, s1, s2, s3, axis_name=None):
+  return losses.audioclip(audio, image, text, s1, s2, s3, axis_name=axis_name)
+
+
+@case(
+  "clip_distill",
+  {**PAIRED, "scale": np.float32(7.0)},
+  lambda image, text, scale: clip_distill_twin(
+    image, text, *TEACHERS.values(), scale, 11.0
+  ),
+  TEACHERS,
+  axis=True,
+)
+def _(image, text, scale, t_image, t_text, axis_name=None):
+  return losses.clip_distill(
+    image, text, t_image, t_text, scale, 11.0, axis_name=axis_name
+  )
+
+
+@case("cpc", SEQUENCES, lambda **x: cpc_twin(**x, temperature=1.5))
+def _(**sequences):
+  return losses.cpc(**sequences, temperature=1.5)
+
+
+@case(
+  "cpc_drawn",
+  SEQUENCES,
+  lambda **x: cpc_twin(**x, temperature=1.5, negatives=DRAWN),
+  {"row": DRAWN[0], "time": DRAWN[1]},
+)
+def _(row, time, **sequences):
+  return losses.cpc(**sequences, temperature=1.5, negatives=(row, time))
+
+
+@case(
+  "bpr",
+  {k: normal(s, B, D) for s, k in enumerate(("user", "positive", "negative"), 50)},
+  bpr_twin,
+)
+def _(user, positive, negative):
+  return losses.bpr(user, positive, negative)
+
+
+@case(
+  "sgl",
+  NODES,
+  lambda view1, view2: sgl_twin(view1, view2, INDEX, 0.3),
+  {"index": INDEX},
+)
+def _(view1, view2, index):
+  return losses.sgl(view1, view2, index, 0.3)
+
+
+for _correct, _hard in ((True, None), (False, None), (True, 5)):
+
+  @case(
+    f"sampled_softmax_{_correct}_{_hard}",
+    TOWERS,
+    lambda correct=_correct, hard=_hard, **x: sampled_softmax_twin(
+      **x, **SAMPLED, temperature=1.7, correct=correct, hard=hard
+    ),
+    SAMPLED,
+    axis=_correct,
+  )
+  def _(query, item, more, correct=_correct, hard=_hard, axis_name=None, **fixed):
+    return losses.sampled_softmax(
+      query,
+      item,
+      1.7,
+      probability=fixed["q"],
+      correct_positive=correct,
+      ids=fixed["ids"],
+      negatives=more,
+      negative_probability=fixed["more_q"],
+      negative_ids=fixed["more_ids"],
+      hard_negatives=hard,
+      weights=fixed["weights"],
+      axis_name=axis_name,
+    )
+
+
 # The tests over all cases.
 
+INPUTS = {name: case.inputs for name, case in CASES.items()}
+FIXED = {name: case.fixed for name, case in CASES.items()}
+AXIS = [name for name, case in CASES.items() if case.axis]
+# Sharded by the loss itself, not by the primitive that has tests of its own.
+OWN = [
+  n for n in CASES if n.startswith(("barlow", "vicreg", "koleo", "triplet_", "swav"))
+]
+OWN += ["sinkhorn", "nt_xent_labels", "clip_distill", "sampled_softmax_True_5"]
+OTHERS = [name for name in CASES if name not in OWN]
 
-def value_and_grad(loss, inputs, fixed):
-  fn = jax.jit(jax.value_and_grad(lambda x, fixed: loss(**x, **fixed)))
-  value, grad = fn(inputs, fixed)
-  return float(value), {k: np.asarray(g, np.float64) for k, g in grad.items()}
+
+def together(inputs, fixed):
+  values = {name: CASES[name].loss(**inputs[name], **fixed[name]) for name in inputs}
+  return sum(values.values()), values
+
+
+def run(inputs, fixed):
+  """Value and gradient of every case."""
+  fn = jax.jit(jax.value_and_grad(together, has_aux=True))
+  (_, values), grads = fn(inputs, fixed)
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), (values, grads))
+
+
+@functools.cache
+def dense():
+  return run(INPUTS, FIXED)
+
+
+@functools.cache
+def on_mesh(count, every):
+  cases = CASES if every else OWN
+  grid = np.array(jax.devices()[:count]).reshape(-1, 2)
+  mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+  def put(x):
+    split = np.ndim(x) and len(x) % count == 0
+    return jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")) if split else P()))
+
+  with jax.set_mesh(mesh):
+    chosen = [{name: of[name] for name in cases} for of in (INPUTS, FIXED)]
+    return run(*jax.tree.map(put, chosen))
 
 
 def norm(tree):
-  return np.sqrt(sum(np.sum(np.square(x)) for x in tree.values()))
+  return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
 
 
-def minus(a, b):
-  return {k: a[k] - b[k] for k in a}
+def check(value, want, grad, want_grad):
+  assert abs(value - want) <= 1e-6 * max(1, abs(want))
+  difference = jax.tree.map(np.subtract, grad, want_grad)
+  assert norm(difference) <= 1e-5 * norm(want_grad)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_twin(name):
-  loss, twin, inputs, fixed, _ = CASES[name]
-  value, grad = value_and_grad(loss, inputs, fixed)
-  exact = {k: x.astype(np.float64) for k, x in inputs.items()}
+  values, grads = dense()
+  value, grad, twin = values[name], grads[name], CASES[name].twin
+  exact = {k: x.astype(np.float64) for k, x in INPUTS[name].items()}
   want = twin(**exact)
   assert abs(value - want) <= 2e-6 * max(1, abs(want))
   rng, step = np.random.default_rng(0), 1e-6
   for _ in range(4):
     direction = {k: rng.normal(size=x.shape) for k, x in exact.items()}
-    if inputs is CLOSE:
+    if INPUTS[name] is CLOSE:
       # Rows that coincide stay together: a loss has a kink where they part.
       direction["x"][9] = direction["x"][2]
     there = twin(**{k: x + step * direction[k] for k, x in exact.items()})
@@ -435,89 +798,437 @@ def test_twin(name):
     assert abs(slope - (there - back) / (2 * step)) <= limit
 
 
+def compare_devices(name, count, every):
+  """The value and gradient of one device, on more."""
+  (want, want_grad), (value, grad) = dense(), on_mesh(count, every)
+  check(value[name], want[name], grad[name], want_grad[name])
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_devices(name):
-  """The same value and gradient on 1, 2, 4 and 8 devices."""
-  loss, _, inputs, fixed, _ = CASES[name]
-  want, want_grad = value_and_grad(loss, inputs, fixed)
-  for count in (2, 4, 8):
-    grid = np.array(jax.devices()[:count]).reshape(-1, 2)
-    mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    rows = NamedSharding(mesh, P(("data", "fsdp")))
-    put = lambda tree, rows=rows: jax.device_put(tree, rows)
-    with jax.set_mesh(mesh):
-      value, grad = value_and_grad(loss, put(inputs), put(fixed))
-    assert abs(value - want) <= 1e-6 * max(1, abs(want)), count
-    assert norm(minus(grad, want_grad)) <= 1e-5 * norm(want_grad), count
+def test_8_devices(name):
+  compare_devices(name, 8, every=True)
 
 
-def local_forms():
-  """`(name, fn)`: what each device computes in the ways that people write a step.
-
-  `fn(step, params, batch)` gives the loss and its gradient by `params`, of `step(params,
-  shard) -> this device's value`.
-  """
-  mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-
-  def pmap(step, params, batch):
-    def one(params, batch):
-      value, grad = jax.value_and_grad(step)(params, batch)
-      return lax.pmean((value, grad), "data")
-
-    shards = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
-    results = jax.pmap(one, axis_name="data", in_axes=(None, 0))(params, shards)
-    return jax.tree.map(lambda x: x[0], results)
-
-  def inside(params, batch, step, check_vma):
-    def one(params, batch):
-      if check_vma:
-        return jax.value_and_grad(lambda p: lax.pmean(step(p, batch), "data"))(params)
-      value, grad = jax.value_and_grad(step)(params, batch)
-      return lax.pmean((value, grad), "data")
-
-    return jax.shard_map(
-      one, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
-    )(params, batch)
-
-  def outside(params, batch, step, check_vma):
-    values = jax.shard_map(
-      lambda params, batch: step(params, batch)[None],
-      mesh=mesh,
-      in_specs=(P(), P("data")),
-      out_specs=P("data"),
-      check_vma=check_vma,
-    )
-    return jax.value_and_grad(lambda params: values(params, batch).mean())(params)
-
-  yield "pmap", pmap
-  for where in (inside, outside):
-    for check_vma in (True, False):
-      yield (
-        f"shard_map {where.__name__} check_vma={check_vma}",
-        lambda step, params, batch, where=where, check_vma=check_vma: jax.jit(
-          lambda params, batch: where(params, batch, step, check_vma)
-        )(params, batch),
-      )
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", OWN)
+def test_devices(name, count):
+  compare_devices(name, count, every=False)
 
 
-LOCAL = sorted(name for name, (*_, axis) in CASES.items() if axis)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", OTHERS)
+def test_devices_others(name, count):
+  compare_devices(name, count, every=True)
 
 
-@pytest.mark.parametrize("form", dict(local_forms()))
-@pytest.mark.parametrize("name", LOCAL)
-def test_axis_forms(name, form):
-  """Local shards, with a parameter before the loss, against the dense gradient."""
-  loss, _, inputs, fixed, _ = CASES[name]
-  params = {k: jnp.eye(x.shape[-1]) + 0.1 for k, x in inputs.items()}
+# People's own steps: the loss of local shards, with parameters before it. Each form
+# gives the mean over devices of `step(params, shard) -> (sum, aux)`, and its gradient.
+
+MESH = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+
+
+def pmap(step, params, batch):
+  def one(params, batch):
+    return lax.pmean(jax.value_and_grad(step, has_aux=True)(params, batch), "data")
+
+  shards = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
+  results = jax.pmap(one, axis_name="data", in_axes=(None, 0))(params, shards)
+  return jax.tree.map(lambda x: x[0], results)
+
+
+def inside(step, params, batch, check_vma):
+  def one(params, batch):
+    if check_vma:
+      mean = lambda params: lax.pmean(step(params, batch), "data")
+      return jax.value_and_grad(mean, has_aux=True)(params)
+    return lax.pmean(jax.value_and_grad(step, has_aux=True)(params, batch), "data")
+
+  fn = jax.shard_map(
+    one, mesh=MESH, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
+  )
+  return jax.jit(fn)(params, batch)
+
+
+def outside(step, params, batch, check_vma):
+  rows = jax.shard_map(
+    lambda *args: jax.tree.map(lambda x: x[None], step(*args)),
+    mesh=MESH,
+    in_specs=(P(), P("data")),
+    out_specs=P("data"),
+    check_vma=check_vma,
+  )
+  mean = lambda *args: jax.tree.map(jnp.mean, rows(*args))
+  return jax.jit(jax.value_and_grad(mean, has_aux=True))(params, batch)
+
+
+FORMS = {
+  "pmap": pmap,
+  "inside": functools.partial(inside, check_vma=False),
+  "inside_vma": functools.partial(inside, check_vma=True),
+  "outside": functools.partial(outside, check_vma=False),
+  "outside_vma": functools.partial(outside, check_vma=True),
+}
+
+
+@functools.cache
+def by_step(form):
+  """Value and gradient by parameters before the loss; "dense": of the whole batch."""
 
   def step(params, batch, **axis):
-    embedded = {k: jnp.matmul(batch[0][k], w) for k, w in params.items()}
-    return loss(**embedded, **batch[1], **axis)
+    inputs, fixed = batch
+    values = {}
+    for name in AXIS:
+      given = {}
+      for k, w in params[name].items():
+        given[k] = w if w.ndim == 0 else jnp.matmul(inputs[name][k], w)
+      values[name] = CASES[name].loss(**given, **fixed[name], **axis)
+    return sum(values.values()), values
 
-  batch = jax.tree.map(jnp.asarray, (inputs, fixed))
-  want, want_grad = jax.jit(jax.value_and_grad(step))(params, batch)
-  value, grad = dict(local_forms())[form](
-    lambda params, batch: step(params, batch, axis_name="data"), params, batch
+  def parameter(x):
+    return jnp.asarray(x) if np.ndim(x) == 0 else jnp.eye(x.shape[-1]) + 0.1
+
+  inputs = {name: INPUTS[name] for name in AXIS}
+  params = jax.tree.map(parameter, inputs)
+  rows = {
+    name: {k: x for k, x in given.items() if np.ndim(x)}
+    for name, given in inputs.items()
+  }
+  batch = rows, {name: FIXED[name] for name in AXIS}
+  if form == "dense":
+    fn = jax.jit(jax.value_and_grad(step, has_aux=True))
+    (_, values), grads = fn(params, batch)
+  else:
+    local = functools.partial(step, axis_name="data")
+    (_, values), grads = FORMS[form](local, params, batch)
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), (values, grads))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", AXIS)
+def test_axis_name(name, form):
+  """The mean over local values, and its gradient, are those of the whole batch."""
+  (want, want_grad), (value, grad) = by_step("dense"), by_step(form)
+  check(value[name], want[name], grad[name], want_grad[name])
+
+
+# Properties.
+
+ORDERED = {"barlow_twins_groups", "koleo_groups", "dense_retrieval", "cpc_drawn"}
+
+
+def values_of(names, change):
+  """The values of cases on changed inputs, in one program."""
+  changed = {name: change(name) for name in names}
+  inputs = {name: x for name, (x, _) in changed.items()}
+  fixed = {name: x for name, (_, x) in changed.items()}
+  values = jax.jit(lambda *args: together(*args)[1])(inputs, fixed)
+  return {name: float(x) for name, x in values.items()}
+
+
+def test_permutation():
+  """The order of the batch does not matter."""
+  order = np.random.default_rng(0).permutation(B)
+  permute = lambda x: x[order] if np.ndim(x) and len(x) == B else x
+  names = [name for name in CASES if name not in ORDERED]
+  values = values_of(
+    names, lambda name: jax.tree.map(permute, (INPUTS[name], FIXED[name]))
   )
-  assert abs(value - want) <= 1e-6 * max(1, abs(want))
-  assert norm(minus(grad, want_grad)) <= 1e-5 * norm(want_grad)
+  for name, value in values.items():
+    assert value == pytest.approx(dense()[0][name], rel=2e-6), name
+
+
+NORMALISED = "byol koleo gram moco moco_v3 simcse sgl audioclip nt_xent_labels".split()
+GIVEN = (
+  "vicreg triplet dense_retrieval supcon cpc bpr swav dino ibot clip_distill".split()
+)
+GIVEN += ["triplet_batch_hard", "triplet_semihard", "sampled_softmax_True_None"]
+
+
+def test_who_normalises():
+  """Three times the embeddings: the same loss exactly where the loss normalises."""
+  triple = lambda x: 3 * x if np.ndim(x) else x
+  values = values_of(
+    NORMALISED + GIVEN, lambda name: (jax.tree.map(triple, INPUTS[name]), FIXED[name])
+  )
+  for name in NORMALISED:
+    assert values[name] == pytest.approx(dense()[0][name], rel=1e-5), name
+  for name in GIVEN:
+    assert abs(values[name] - dense()[0][name]) > 1e-2, name
+
+
+def test_identical_embeddings():
+  """Uniform logits are the logarithm of the number of candidates."""
+  z = jnp.broadcast_to(unit(normal(60, 1, D)), (B, D))
+  number = jnp.arange(B)
+  many = jnp.concatenate([z, z])
+  label = number % 4
+  found = jax.jit(
+    lambda: {
+      "info_nce": (losses.info_nce(z, z, 0.1), np.log(B)),
+      "nt_xent": (losses.nt_xent(z, z, 0.5), np.log(2 * B - 1)),
+      "clip": (losses.clip(z, z, 20.0), np.log(B)),
+      "moco": (losses.moco(z, z, many), np.log(2 * B + 1)),
+      "moco_v3": (losses.moco_v3(z, z, z, z, 0.3), 2 * 2 * 0.3 * np.log(B)),
+      "simcse": (losses.simcse(z, z, negative=z), np.log(2 * B)),
+      "dense_retrieval": (losses.dense_retrieval(z, many), np.log(2 * B)),
+      "sampled": (losses.sampled_softmax(z, z, negatives=many), np.log(3 * B)),
+      "hard": (losses.sampled_softmax(z, z, hard_negatives=3), np.log(4)),
+      "sgl": (losses.sgl(z, z, number), B * np.log(B)),
+      "supcon": (losses.supcon(z, label), np.log(B - 1)),
+      "nt_xent_labels": (losses.nt_xent_labels(z, label), np.log(B - 4 + 1)),
+      "audioclip": (losses.audioclip(z, z, z), np.log(B)),
+      "clip_distill": (losses.clip_distill(z, z, z, z, 5.0, 9.0), np.log(B)),
+      # Where nothing can be told apart each triplet costs its margin.
+      "triplet": (losses.triplet(z, z, z, 0.3), 0.3),
+      "batch_all": (losses.triplet_batch_all(z, label, 0.3), 0.3),
+      "batch_hard": (losses.triplet_batch_hard(z, label, 0.3), 0.3),
+      "semihard": (losses.triplet_semihard(z, label, 0.3), 0.3),
+    }
+  )()
+  for name, (value, want) in found.items():
+    assert value == pytest.approx(float(want), rel=2e-6), name
+  assert losses.byol(z, 2 * z) == pytest.approx(0, abs=1e-12)
+
+
+def test_whitened_views():
+  """Where there is nothing left to decorrelate."""
+  x = normal(61, 64, D).astype(np.float64)
+  x -= x.mean(0)
+  white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+  white = jnp.asarray(white, jnp.float32)
+  assert losses.vicreg(white, white) == pytest.approx(0, abs=1e-9)
+  assert losses.barlow_twins(white, white) == pytest.approx(0, abs=1e-8)
+  # Collapse costs both views the whole margin: 25 * (1 - sqrt(eps)).
+  flat = jnp.ones((8, D))
+  assert losses.vicreg(flat, flat) == pytest.approx(25 * 0.99, rel=1e-6)
+
+
+def test_sinkhorn():
+  scores = normal(62, 32, 8)
+  codes = np.asarray(losses.sinkhorn(scores, 0.5, 200))
+  np.testing.assert_allclose(codes.sum(1), 1, rtol=1e-5)
+  np.testing.assert_allclose(codes.sum(0), 32 / 8, rtol=1e-5)
+  # Rows that do not take part are as if they were not there.
+  mask = np.arange(32) % 3 > 0
+  some = np.asarray(losses.sinkhorn(scores, 0.5, mask=mask))
+  assert not some[~mask].any()
+  np.testing.assert_allclose(some[mask], losses.sinkhorn(scores[mask], 0.5), rtol=1e-5)
+  assert np.isfinite(losses.sinkhorn(1e5 * scores, 0.05)).all()
+  assert not np.asarray(losses.sinkhorn(scores, mask=np.zeros(32, bool))).any()
+
+
+def test_stop_gradients():
+  """Nothing at all flows to a teacher, a key, a queue or a code."""
+  z, scores, mask = normal(63, B, D), normal(64, B, 3, K), jnp.asarray(MASK)
+  teachers, new = list(TEACHERS.values()), normal(65, 8, D)
+  stopped = [
+    (lambda t: losses.byol(z, t), TARGET),
+    (lambda t: losses.moco(z, t[0], t[1]), (TARGET, QUEUE)),
+    (lambda t: losses.moco_v3(z, z, *t), (TARGET, TARGET)),
+    (lambda t: losses.swav(scores, losses.swav_codes(t)), scores[:, :2]),
+    (lambda t: losses.swav(scores, t), CODES),
+    (lambda t: losses.dino(scores, losses.center_target(*t, 0.1)), (CODES, np.ones(K))),
+    (lambda t: losses.dino(scores, t, pairs="v2"), CODES),
+    (lambda t: losses.ibot(PATCHES, t, mask), PATCHES),
+    (lambda t: losses.gram(PATCHES, t), PATCHES),
+    (lambda t: losses.clip_distill(z, z, *t, 5.0, 9.0), teachers),
+    (lambda t: losses.clip_distill(z, z, *teachers, 5.0, t), 9.0),
+    (lambda t: losses.update_center(*t).sum(), (np.ones(K), CODES)),
+    (lambda t: losses.enqueue(jnp.asarray(QUEUE), 8, t)[0].sum(), new),
+    (lambda t: losses.push(jnp.asarray(QUEUE), t).sum(), new),
+  ]
+  given = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for _, t in stopped]
+  total = lambda ts: sum(fn(t) for (fn, _), t in zip(stopped, ts))
+  for n, grad in enumerate(jax.jit(jax.grad(total))(given)):
+    assert all(not np.any(x) for x in jax.tree.leaves(grad)), n
+
+
+def test_reductions():
+  z, key, label = normal(66, B, D), normal(67, B, D), jnp.asarray(LABEL)
+  scores, number = normal(68, B, 3, K), jnp.arange(B)
+  reducing = {
+    "koleo": lambda r: losses.koleo(z, reduction=r),
+    "byol": lambda r: losses.byol(z, key, reduction=r),
+    "swav": lambda r: losses.swav(scores, CODES, reduction=r),
+    "triplet": lambda r: losses.triplet(z, key, z[::-1], reduction=r),
+    "batch_hard": lambda r: losses.triplet_batch_hard(z, label, reduction=r),
+    "moco": lambda r: losses.moco(z, key, QUEUE, reduction=r),
+    "moco_v3": lambda r: losses.moco_v3(z, z, key, key, reduction=r),
+    "simcse": lambda r: losses.simcse(z, key, reduction=r),
+    "dense_retrieval": lambda r: losses.dense_retrieval(z, key, reduction=r),
+    "supcon": lambda r: losses.supcon(z, label, reduction=r),
+    "clip_distill": lambda r: losses.clip_distill(z, key, z, key, 1, 1, reduction=r),
+    "bpr": lambda r: losses.bpr(z, key, z[::-1], reduction=r),
+    "sgl": lambda r: losses.sgl(z, key, number, reduction=r),
+    "sampled_softmax": lambda r: losses.sampled_softmax(z, key, reduction=r),
+  }
+  each = jax.jit(
+    lambda: {
+      name: [loss(r) for r in ("none", "mean", "sum")]
+      for name, loss in reducing.items()
+    }
+  )()
+  for name, (rows, mean, total) in each.items():
+    assert rows.shape == (B,), name
+    assert rows.mean() == pytest.approx(float(mean), rel=1e-5), name
+    assert rows.sum() == pytest.approx(float(total), rel=1e-5), name
+  with pytest.raises(ValueError, match="reduction is .* not 'median'"):
+    losses.byol(z, key, reduction="median")
+
+
+def test_queues():
+  queue, pointer = jnp.zeros((6, 2)), jnp.asarray(0)
+  for step in range(4):
+    key = jnp.array([[step + 1.0, 0.0], [0.0, step + 1.0]])
+    queue, pointer = losses.enqueue(queue, pointer, key)
+  # The fourth batch took the place of the first; keys lie on the sphere.
+  np.testing.assert_allclose(queue, np.tile(np.eye(2), (3, 1)), rtol=1e-6)
+  assert pointer == 2
+  marked = losses.enqueue(queue, pointer, -key)[0]
+  np.testing.assert_allclose(marked[2:4], -np.eye(2), rtol=1e-6)
+  with pytest.raises(ValueError, match="queue of 6 .* batch 4"):
+    losses.enqueue(queue, pointer, jnp.ones((4, 2)))
+  ordered = losses.push(jnp.arange(6.0), jnp.array([7.0, 8.0]))
+  np.testing.assert_array_equal(ordered, [7, 8, 0, 1, 2, 3])
+
+
+def test_padded_tokens():
+  """Rows of weight zero play no part, whatever they hold."""
+  student, target = normal(69, 6, K), softmax(normal(70, 6, K))
+  weight = jnp.array([0.5, 0.5, 1.0, 1.0, 0.0, 0.0])
+  student[4:], target[4:] = np.nan, np.nan
+  loss = lambda s: losses.ibot_tokens(s, jnp.asarray(target), weight, 3)
+  value, grad = jax.value_and_grad(loss)(jnp.asarray(student))
+  want = losses.ibot_tokens(student[:4], target[:4], weight[:4], 3)
+  assert value == pytest.approx(float(want), rel=1e-6)
+  assert np.isfinite(grad).all()
+  assert not grad[4:].any()
+
+
+def test_edges():
+  """One row, zero vectors, all alike: finite values and gradients."""
+  zero, one = jnp.zeros((4, D)), jnp.ones((1, D))
+  label = jnp.array([0, 0, 1, 1])
+  cases = [
+    (losses.koleo, one),
+    (losses.koleo, zero),
+    (lambda z: losses.byol(z, zero), zero),
+    (lambda z: losses.barlow_twins(z, z), zero),
+    (lambda z: losses.vicreg(z, z), zero),
+    (lambda z: losses.triplet_batch_all(z, label), zero),
+    (lambda z: losses.triplet_batch_hard(z, label), zero),
+    (lambda z: losses.triplet_semihard(z, label), zero),
+    (lambda z: losses.triplet_semihard(z, jnp.zeros(4, int)), zero),
+    (lambda z: losses.triplet_batch_all(z, jnp.arange(4)), zero),
+    (lambda z: losses.moco_v3(z, z, zero, zero), zero),
+    (lambda z: losses.simcse(z, z, negative=z), one),
+    (lambda z: losses.dense_retrieval(z, z), one),
+    (lambda z: losses.supcon(z, jnp.zeros(1, int)), one),
+    (lambda z: losses.nt_xent_labels(z, jnp.arange(4)), zero),
+    (lambda z: losses.sampled_softmax(z, z, hard_negatives=2), one),
+    (lambda z: losses.sampled_softmax(z, z, ids=label, hard_negatives=3), zero),
+    (lambda z: losses.gram(z[None], z[None]), zero),
+  ]
+  results = jax.jit(
+    lambda zs: [jax.value_and_grad(fn)(z) for (fn, _), z in zip(cases, zs)]
+  )([z for _, z in cases])
+  for n, result in enumerate(results):
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result)), n
+  with pytest.raises(ValueError, match="batch of 1"):
+    losses.vicreg(one, one)
+
+
+def test_bfloat16():
+  """Operands as they come; statistics and results in float32."""
+  half = lambda x: jnp.asarray(x, jnp.bfloat16) if np.ndim(x) else x
+  names = [n for n in CASES if not n.startswith("triplet_batch_all")]
+  inputs = {name: jax.tree.map(half, INPUTS[name]) for name in names}
+  fixed = {name: FIXED[name] for name in names}
+  values = jax.jit(lambda *args: together(*args)[1])(inputs, fixed)
+  for name, value in values.items():
+    assert value.dtype == jnp.float32, name
+    rounded = {k: np.asarray(x, np.float64) for k, x in inputs[name].items()}
+    want = CASES[name].twin(**rounded)
+    assert value == pytest.approx(want, rel=2e-2, abs=2e-2), name
+
+
+def test_precision():
+  """float32 products ask for it: the default is bfloat16 passes on a TPU."""
+  program = jax.jit(jax.grad(together, has_aux=True)).lower(INPUTS, FIXED).as_text()
+  products = [line for line in program.splitlines() if "dot_general" in line]
+  assert len(products) > 50
+  assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+def test_memory():
+  """The softmax families stay far below one matrix of logits."""
+  rows = 4096
+  z = jax.ShapeDtypeStruct((rows, 8), jnp.float32)
+  number = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+  def loss(z, number):
+    return (
+      losses.moco_v3(z, z, z, z)
+      + losses.simcse(z, z, negative=z)
+      + losses.dense_retrieval(z, z)
+      + losses.supcon(z, number)
+      + losses.nt_xent_labels(z, number)
+      + losses.sampled_softmax(z, z, ids=number, hard_negatives=4)
+      + losses.clip_distill(z, z, z, z, 1.0, 1.0)
+      + losses.sgl(z, z, number)
+      + losses.koleo(z)
+    )
+
+  used = jax.jit(jax.grad(loss)).lower(z, number).compile().memory_analysis()
+  assert used.temp_size_in_bytes < rows * rows * 4 / 2
+
+
+def test_user_errors():
+  z = jnp.ones((6, D))
+  wrong = [
+    (lambda: losses.barlow_twins(z, z, groups=4), "4 groups .* batch of 6"),
+    (lambda: losses.koleo(z, groups=4), "4 groups .* batch of 6"),
+    (lambda: losses.koleo(z, groups=2, axis_name="data"), "leave axis_name out"),
+    (lambda: losses.dino(z[:, None], z[:, None], pairs="v3"), "'v3'"),
+    (lambda: losses.gram(z[None], z[None], level="pixel"), "'pixel'"),
+    (lambda: losses.gram(z[None], z[None], negatives="drop"), "'drop'"),
+    (lambda: losses.triplet_batch_all(z, z[:, 0], mining="soft"), "'soft'"),
+    (lambda: losses.dense_retrieval(z[:4], z), "6 passages for 4 queries"),
+    (lambda: losses.audioclip(z, None, None), "two of audio, image and text"),
+    (lambda: losses.cpc(z[None], z[None], jnp.ones((6, D, D))), "6 steps ahead"),
+    (lambda: losses.push(z[:2], z), "6 new rows"),
+    (
+      lambda: losses.sampled_softmax(z, z, probability=z[:, 0], negatives=z),
+      "exactly if items do",
+    ),
+  ]
+  for call, message in wrong:
+    with pytest.raises(ValueError, match=message):
+      call()
+
+
+def test_imports_only_jax_and_numpy():
+  program = """
+import sys
+import jax, jax.numpy, numpy
+
+KNOWN = {name.split(".")[0] for name in sys.modules} | set(sys.stdlib_module_names)
+KNOWN |= {"clj", "jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy"}
+
+class Block:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] not in KNOWN:
+      raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+import clj.losses
+assert "clj.models" not in sys.modules
+try:
+  import optax
+except ImportError as error:
+  print(error)
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == "optax is blocked"
