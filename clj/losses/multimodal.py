@@ -10,7 +10,7 @@ from clj.losses import rows, softmax
 from clj.losses.contrastive import clip, l2_normalize
 
 LARGEST = math.log(100)  # of the learned scales
-TILE = 512  # columns of the teacher's similarities held at a time
+TILE = 256  # columns of the teacher's similarities held at a time
 
 
 def audioclip(

@@ -7,7 +7,7 @@ from jax import lax
 from clj.losses import rows, softmax
 from clj.losses.contrastive import l2_normalize
 
-TILE = 1024  # columns of logits that the search for hard negatives holds at a time
+TILE = 256  # columns of logits that the search for hard negatives holds at a time
 
 
 def bpr(
@@ -54,8 +54,10 @@ def sgl(
     index: `[B]` int, the nodes of the batch; repetitions count repeatedly.
     reduction: "sum", "mean" or "none" (`[B]`).
   """
-  query, key = l2_normalize(view1[index]), l2_normalize(view2)
-  positive = jnp.sum(rows.accurate(query) * rows.accurate(key[index]), axis=1)
+  query, key = l2_normalize(jnp.take(view1, index, axis=0)), l2_normalize(view2)
+  positive = jnp.sum(
+    rows.accurate(query) * rows.accurate(jnp.take(key, index, axis=0)), axis=1
+  )
   against = softmax.log_sum_exp(
     query,
     key,

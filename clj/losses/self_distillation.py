@@ -61,9 +61,8 @@ def sinkhorn(
     if axis_name is not None:
       peak = softmax.vary(lax.pmax(peak, axis_name), axis_name)
     peak = jnp.where(jnp.isfinite(peak), peak, 0)
-    return (
-      jnp.log(rows.total(jnp.exp(x - peak).sum(0, keepdims=True), axis_name)) + peak
-    )
+    sums = rows.total(jnp.exp(x - peak).sum(0, keepdims=True), axis_name)
+    return jnp.where(sums > 0, jnp.log(sums) + peak, 0)
 
   log_q -= jax.nn.logsumexp(over_batch(log_q), axis=1, keepdims=True)
   for _ in range(iterations):

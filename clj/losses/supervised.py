@@ -6,7 +6,7 @@ from jax import lax
 
 from clj.losses import rows, softmax
 
-TILE = 512  # columns of similarities held at a time
+TILE = 256  # columns of similarities held at a time
 
 
 def supcon(

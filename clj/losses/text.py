@@ -89,8 +89,8 @@ def dense_retrieval(
     query,
     passage,
     1 / temperature,
-    reference=_similarity(query, passage[positive]),
-    row_ids=ids[positive],
+    reference=_similarity(query, jnp.take(passage, positive, axis=0)),
+    row_ids=jnp.take(ids, positive),
     col_ids=ids,
     axis_name=axis_name,
   )
