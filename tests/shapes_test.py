@@ -1,4 +1,4 @@
-"""`shapes` held to account: only the shape tells the label, and a network can see it."""
+"""`shapes` held to account: only the shape tells the label, and a network sees it."""
 
 import jax
 import jax.numpy as jnp

@@ -37,7 +37,7 @@ COLORS = {
 SIZES = {"train": 4500, "test": 1800}
 _SIDE = 32
 # Half the side of a square of the same area, in parts of the picture's side.
-_EXTENT = (0.16, 0.27)
+_EXTENT = (0.18, 0.28)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -66,7 +66,7 @@ def shapes(split: str, *, seed: int = 0, count: int | None = None) -> dict:
   angle = rng.uniform(0, 2 * np.pi, count).astype(np.float32)
   # A shape reaches 1.1 to 2 extents from its centre: some leave the picture a little,
   # as things do in photographs.
-  room = np.maximum(0.5 - 1.15 * extent, 0)[:, None]
+  room = 0.42 - extent[:, None]
   center = (0.5 + room * rng.uniform(-1, 1, (count, 2))).astype(np.float32)
   paint = np.array(list(COLORS.values()), np.float32)[color]
   paint = np.clip(paint + rng.uniform(-0.08, 0.08, (count, 3)), 0, 1)
