@@ -5,6 +5,7 @@ from clj.losses.contrastive import info_nce as info_nce
 from clj.losses.contrastive import l2_normalize as l2_normalize
 from clj.losses.contrastive import nt_xent as nt_xent
 from clj.losses.contrastive import siglip as siglip
+from clj.losses.gradcache import encode_in_chunks as encode_in_chunks
 from clj.losses.momentum import enqueue as enqueue
 from clj.losses.momentum import moco as moco
 from clj.losses.momentum import moco_v3 as moco_v3

@@ -77,7 +77,7 @@ def log_sum_exp(
   if aligned and row_ids is None:
     row_ids = col_ids = positions(n, plan.axis_name)
   arrays = _Arrays(x, y, scale, reference, bias, y_scale, row_ids, col_ids)
-  if plan.mesh_axes and m % devices(plan.mesh_axes):
+  if plan.mesh_axes and not aligned and m % devices(plan.mesh_axes):
     arrays = _pad_columns(arrays, -m % devices(plan.mesh_axes))
   return _log_sum_exp(plan, arrays)[0]
 
@@ -212,10 +212,10 @@ def _log_sum_exp(plan, arrays):
   return _primitive(plan, arrays._replace(x=x, y=y, scale=scale))
 
 
-def check_divides(rows, devices, axes):
+def check_divides(rows, devices, axes, what="batch"):
   if rows % devices:
     raise ValueError(
-      f"a batch of {rows} does not divide over the {devices} devices of mesh axes "
+      f"a {what} of {rows} does not divide over the {devices} devices of mesh axes "
       f"{', '.join(axes)}; use a multiple of {devices}"
     )
 
