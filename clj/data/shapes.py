@@ -25,14 +25,14 @@ SHAPES = (
 )
 # Muted: strong colours are a way to tell pictures apart that asks for no shape.
 COLORS = {
-  "red": (0.61, 0.26, 0.26),
-  "orange": (0.78, 0.58, 0.36),
-  "yellow": (0.87, 0.85, 0.51),
-  "green": (0.29, 0.53, 0.32),
-  "cyan": (0.41, 0.71, 0.74),
-  "blue": (0.22, 0.27, 0.57),
-  "purple": (0.41, 0.23, 0.48),
-  "pink": (0.83, 0.62, 0.72),
+  "red": (0.55, 0.29, 0.29),
+  "orange": (0.74, 0.59, 0.42),
+  "yellow": (0.86, 0.84, 0.59),
+  "green": (0.33, 0.51, 0.35),
+  "cyan": (0.46, 0.69, 0.71),
+  "blue": (0.24, 0.27, 0.50),
+  "purple": (0.39, 0.25, 0.44),
+  "pink": (0.80, 0.64, 0.71),
 }
 SIZES = {"train": 4500, "test": 1800}
 _SIDE = 32
@@ -69,7 +69,7 @@ def shapes(split: str, *, seed: int = 0, count: int | None = None) -> dict:
   room = 0.42 - extent[:, None]
   center = (0.5 + room * rng.uniform(-1, 1, (count, 2))).astype(np.float32)
   paint = np.array(list(COLORS.values()), np.float32)[color]
-  paint = np.clip(paint + rng.uniform(-0.08, 0.08, (count, 3)), 0, 1)
+  paint = np.clip(paint + rng.uniform(-0.06, 0.06, (count, 3)), 0, 1)
   back = _backgrounds(rng, paint)
 
   image = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
@@ -100,14 +100,14 @@ def _backgrounds(rng, paint):
   first = _muted(rng, count)
   while len(near := np.flatnonzero(np.abs((first - paint) @ _LUMA) < 0.25)):
     first[near] = _muted(rng, len(near))
-  second = np.clip(first + rng.uniform(-0.15, 0.15, (count, 3)), 0, 1)
+  second = np.clip(first + rng.uniform(-0.12, 0.12, (count, 3)), 0, 1)
   return first, second, rng.uniform(0, 2 * np.pi, count)
 
 
 def _muted(rng, count):
   """Colours `[count, 3]` of any brightness, a little off grey."""
   grey = rng.uniform(0.05, 0.95, (count, 1))
-  return np.clip(grey + rng.uniform(-0.1, 0.1, (count, 3)), 0, 1)
+  return np.clip(grey + rng.uniform(-0.05, 0.05, (count, 3)), 0, 1)
 
 
 def _gradient(first, second, angle):
