@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
-CHUNK = 1024  # output positions that a lane works on at once: what fits a core's cache
-LANES = 8  # independent partial sums, so that a batch split over 2, 4, 8 devices stays
+CHUNK = 1024  # output positions that are worked on at once: what fits a core's cache
 
 
 def _conv(x, kernel, stride):
@@ -56,7 +57,9 @@ def _conv_bwd(stride, saved, g):
   dkernel = lax.platform_dependent(
     x,
     g,
-    cpu=partial(_weight_gradient_cpu, size=kernel.shape[0], stride=stride),
+    cpu=lambda x, g: _weight_gradient_cpu(x, g, kernel.shape[0], stride).astype(
+      x.dtype
+    ),
     default=partial(_weight_gradient, size=kernel.shape[0], stride=stride),
   )
   return dx, dkernel
@@ -110,54 +113,58 @@ def _input_gradient_cpu(kernel, g, *, shape, stride):
   return dx.swapaxes(2, 3).reshape(shape)
 
 
-def _weight_gradient_cpu(x, g, *, size, stride):
-  """One matrix product a tap: outputs' gradients by the shifted inputs.
+@partial(custom_partitioning, static_argnums=(2, 3))
+def _weight_gradient_cpu(x, g, size, stride):
+  """A product of matrices for every row of taps, over chunks that fit a core's cache.
 
-  The batch is cut into lanes, each with its own partial sum and hence free of
-  communication when devices share the batch, and a lane into chunks that fit the cache.
+  Each device sums over its own images and the sums are added: the partitioner cannot
+  see that through a loop, hence the rule below.
   """
   n, height, width, outputs = g.shape
   channels = x.shape[-1]
   before, after = (size - 1) // 2, size // 2
+  images = math.gcd(n, max(1, CHUNK // (height * width)))
+  rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
 
-  def products(x, g):  # [L, m, H, W, C], [L, m, h, w, D] -> [k * k, L, D, C]
-    lanes = g.shape[0]
-    # The barrier keeps the transposition out of the products, where it is repeated.
-    g = g.reshape(lanes, -1, outputs).swapaxes(1, 2)
-    g = lax.optimization_barrier(g)
-    x = jnp.pad(x, ((0, 0), (0, 0), (before, after), (before, after), (0, 0)))
-    rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
-    taps = [
-      x[:, :, i : i + rows : stride, j : j + columns : stride]
-      for i in range(size)
-      for j in range(size)
-    ]
-    return jnp.stack(
-      [
-        jnp.matmul(
-          g, tap.reshape(lanes, -1, channels), preferred_element_type=jnp.float32
-        )
-        for tap in taps
-      ]
-    )
-
-  lanes = math.gcd(n, LANES)
-  images = math.gcd(n // lanes, max(1, CHUNK // (height * width)))
-  chunks = n // (lanes * images)
-  x = x.reshape(lanes, chunks, images, *x.shape[1:])
-  g = g.reshape(lanes, chunks, images, *g.shape[1:])
+  def products(x, g):  # of a chunk: [D, k * k * C]
+    # Barriers keep the transposition and the columns from being computed repeatedly.
+    g = lax.optimization_barrier(g.reshape(-1, outputs).T)
+    x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
+    x = [x[:, :, j : j + columns : stride] for j in range(size)]
+    x = lax.optimization_barrier(jnp.concatenate(x, axis=-1))
+    x = [x[:, i : i + rows : stride] for i in range(size)]
+    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return jnp.concatenate([dot(g, y.reshape(-1, size * channels)) for y in x], axis=1)
 
   def add(i, total):
-    part = partial(lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False)
+    part = partial(lax.dynamic_slice_in_dim, start_index=i * images, slice_size=images)
     return total + products(part(x), part(g))
 
-  if chunks == 1:
-    total = products(x[:, 0], g[:, 0])
-  else:
-    total = jnp.zeros((size * size, lanes, outputs, channels), jnp.float32)
-    total = lax.fori_loop(0, chunks, add, total)
-  dkernel = total.sum(1).reshape(size, size, outputs, channels).swapaxes(2, 3)
-  return dkernel.astype(x.dtype)
+  total = jnp.zeros((outputs, size * size * channels), jnp.float32)
+  total = lax.fori_loop(0, n // images, add, total)
+  total = total.reshape(outputs, size, size, channels)
+  return total.transpose(1, 2, 3, 0)
+
+
+def _partition(size, stride, mesh, arguments, result):
+  """Devices that share the batch each take their images, then all add up."""
+  del result
+  batch = arguments[1].sharding.spec[0]
+  rows = NamedSharding(mesh, PartitionSpec(batch))
+
+  def local(x, g):
+    total = _weight_gradient_cpu.fun(x, g, size, stride)
+    return total if batch is None else lax.psum(total, batch)
+
+  return mesh, local, NamedSharding(mesh, PartitionSpec()), (rows, rows)
+
+
+_weight_gradient_cpu.def_partition(
+  _partition,
+  sharding_rule="n h w c, n y x d -> i j c d",
+  reduction_factors=("n",),
+  need_replication_factors=("h", "w", "c", "y", "x", "d", "i", "j"),
+)
 
 
 class Conv(nn.Module):
