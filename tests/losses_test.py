@@ -728,12 +728,10 @@ for _correct, _hard in ((True, None), (False, None), (True, 5)):
 INPUTS = {name: case.inputs for name, case in CASES.items()}
 FIXED = {name: case.fixed for name, case in CASES.items()}
 AXIS = [name for name, case in CASES.items() if case.axis]
-# Sharded by the loss itself, not by the primitive that has tests of its own.
-OWN = [
-  n for n in CASES if n.startswith(("barlow", "vicreg", "koleo", "triplet_", "swav"))
-]
-OWN += ["sinkhorn", "nt_xent_labels", "clip_distill", "sampled_softmax_True_5"]
-OTHERS = [name for name in CASES if name not in OWN]
+# What is coupled by statistics, neighbours and mining: compared on 2 and 4 devices too.
+COUPLED = ["barlow_twins", "vicreg", "koleo_ties", "sinkhorn", "swav"]
+COUPLED += ["triplet_batch_all_all", "triplet_batch_hard"]
+OTHERS = [name for name in CASES if name not in COUPLED]
 
 
 def together(inputs, fixed):
@@ -757,7 +755,7 @@ def dense():
 
 @functools.cache
 def on_mesh(count, every):
-  cases = CASES if every else OWN
+  cases = CASES if every else COUPLED
   grid = np.array(jax.devices()[:count]).reshape(-1, 2)
   mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
@@ -812,7 +810,7 @@ def test_8_devices(name):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", COUPLED)
 def test_devices(name, count):
   compare_devices(name, count, every=False)
 
@@ -873,6 +871,11 @@ FORMS = {
 }
 
 
+MORE = [
+  pytest.param(form, marks=pytest.mark.slow) for form in ("inside", "outside_vma")
+]
+
+
 @functools.cache
 def by_step(form):
   """Value and gradient by parameters before the loss; "dense": of the whole batch."""
@@ -906,7 +909,7 @@ def by_step(form):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), (values, grads))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["pmap", "inside_vma", "outside", *MORE])
 @pytest.mark.parametrize("name", AXIS)
 def test_axis_name(name, form):
   """The mean over local values, and its gradient, are those of the whole batch."""
