@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from clj.losses import rows, softmax
+from clj.losses.contrastive import l2_normalize
 
 TILE = 256  # columns of similarities held at a time
 
@@ -70,8 +71,7 @@ def nt_xent_labels(
 
   Args are those of `supcon`.
   """
-  z = rows.accurate(embedding)
-  z = z * lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=1, keepdims=True), 1e-12))
+  z = l2_normalize(embedding)
   negatives = softmax.log_sum_exp(
     z, z, 1 / temperature, row_ids=label, col_ids=label, axis_name=axis_name
   )
