@@ -30,9 +30,15 @@ def clj_step(args):
   import jax
   import jax.numpy as jnp
   import optax
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
   from clj import models
 
+  # On CPU one device a core: XLA runs many convolutions on one thread of a device.
+  jax.config.update("jax_num_cpu_devices", args.threads)
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  whole = NamedSharding(mesh, PartitionSpec())
   if args.model == "resnet18":
     encoder = models.image("resnet18", stem="cifar", dtype=args.dtype)
   else:
@@ -40,6 +46,7 @@ def clj_step(args):
   head = models.projector((WIDTHS[args.model][-1], 128))
   tx = optax.sgd(LEARNING_RATE, momentum=0.9)
   images = jax.random.uniform(jax.random.key(0), (2 * args.batch, 32, 32, 3))
+  images = jax.device_put(images, rows)
 
   def init(rng, x):
     params1, stats1 = encoder.init(rng, x)
@@ -57,7 +64,6 @@ def clj_step(args):
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, (stats1, stats2)
 
-  @jax.jit
   def start(rng, x):
     params, stats = init(rng, x)
     return params, stats, tx.init(params)
@@ -68,8 +74,8 @@ def clj_step(args):
     updates, opt_state = tx.update(grads, opt_state)
     return (optax.apply_updates(params, updates), stats, opt_state), loss
 
-  state = start(jax.random.key(0), images)
-  step = jax.jit(step, donate_argnums=0)
+  state = jax.jit(start, out_shardings=whole)(jax.random.key(0), images)
+  step = jax.jit(step, donate_argnums=0, out_shardings=whole)
 
   def run():
     nonlocal state

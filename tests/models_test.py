@@ -67,6 +67,8 @@ def test_stems():
 def test_errors_name_the_value():
   with pytest.raises(ValueError, match="'resnet19'.*resnet18, resnet34"):
     models.image("resnet19")
+  with pytest.raises(ValueError, match="'cifar10'.*imagenet, cifar"):
+    sizes(models.image("resnet18", stem="cifar10"), (2, 32, 32, 3))
   with pytest.raises(TypeError, match="witdh"):
     models.image("resnet18", witdh=2)
 
@@ -165,6 +167,7 @@ CONVS = [  # n, side, inputs, outputs, size, stride
   (8, 24, 3, 4, 7, 2),
   (8, 32, 3, 4, 2, 2),
   (64, 4, 16, 8, 3, 1),
+  (7, 8, 16, 8, 3, 1),
 ]
 
 

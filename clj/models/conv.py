@@ -7,7 +7,6 @@ matrix products: equal up to the order of float32 additions. Everywhere else the
 holds XLA's own gradients and nothing of this file (`lax.platform_dependent`).
 """
 
-import math
 from functools import partial
 
 import flax.linen as nn
@@ -57,9 +56,7 @@ def _conv_bwd(stride, saved, g):
   dkernel = lax.platform_dependent(
     x,
     g,
-    cpu=lambda x, g: _weight_gradient_cpu(x, g, kernel.shape[0], stride).astype(
-      x.dtype
-    ),
+    cpu=lambda x, g: _weight_gradient_cpu(x, g, len(kernel), stride).astype(x.dtype),
     default=partial(_weight_gradient, size=kernel.shape[0], stride=stride),
   )
   return dx, dkernel
@@ -123,7 +120,8 @@ def _weight_gradient_cpu(x, g, size, stride):
   n, height, width, outputs = g.shape
   channels = x.shape[-1]
   before, after = (size - 1) // 2, size // 2
-  images = math.gcd(n, max(1, CHUNK // (height * width)))
+  most = max(1, CHUNK // (height * width))
+  images = max(count for count in range(1, most + 1) if n % count == 0)
   rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
 
   def products(x, g):  # of a chunk: [D, k * k * C]
@@ -143,7 +141,7 @@ def _weight_gradient_cpu(x, g, size, stride):
   total = jnp.zeros((outputs, size * size * channels), jnp.float32)
   total = lax.fori_loop(0, n // images, add, total)
   total = total.reshape(outputs, size, size, channels)
-  return total.transpose(1, 2, 3, 0)
+  return total.transpose(1, 2, 3, 0)  # float32, also for operands of bfloat16
 
 
 def _partition(size, stride, mesh, arguments, result):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from clj.models.conv import Conv
 from clj.models.norm import BatchNorm
 
+STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "patch": (2, 2)}  # size and stride
+
 
 class Block(nn.Module):
   """Two 3x3 convolutions and a shortcut; or, with `bottleneck`, 1x1, 3x3, 1x1."""
@@ -71,7 +73,9 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    size, stride = {"imagenet": (7, 2), "cifar": (3, 1), "patch": (2, 2)}[self.stem]
+    if self.stem not in STEMS:
+      raise ValueError(f"unknown stem {self.stem!r}; there are {', '.join(STEMS)}")
+    size, stride = STEMS[self.stem]
     x = Conv(self.widths[0], size, stride, dtype=self.dtype, name="conv_stem")(x)
     x = nn.relu(BatchNorm(dtype=self.dtype, name="bn_stem")(x, train))
     if self.stem == "imagenet":
