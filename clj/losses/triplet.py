@@ -78,8 +78,11 @@ def triplet_batch_all(
 
   def by_anchor(z_bd, label_b, axis_name):
     distance, same, own = _compare(z_bd, label_b, squared, axis_name)
-    sums = _hinge_sums(distance, same & ~own, ~same, margin, reach, mining)
-    return jnp.stack(sums, axis=1)
+    fixed = jax.lax.stop_gradient(margin), jax.lax.stop_gradient(reach)
+    loss, active = _hinge_sums(distance, same & ~own, ~same, *fixed, mining)
+    # The derivative by the margin, where it has one, is the number of active triplets.
+    loss += (margin - fixed[0]) * jax.lax.stop_gradient(active)
+    return jnp.stack([loss, active], axis=1)
 
   sums = rows.each(by_anchor, embedding, label, axis_name=axis_name)
   loss, active = rows.total(sums.sum(0), axis_name)
