@@ -306,6 +306,8 @@ def train(
     finally:
       checkpoints.close()
       writer.close()
+  if source.bad:
+    print(f"{len(source.bad)} corrupt records were replaced by the next good ones")
   if done < total_steps or (evals and not log.evaluated(directory, done)):
     print(f"stopped by SIGTERM, saved at step {done}; the same command goes on")
     return STOPPED

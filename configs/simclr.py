@@ -46,9 +46,9 @@ def demo():
   return {
     "seed": 0,
     "batch_size": 128,  # the global batch
-    "total_steps": 400,
+    "total_steps": 450,
     "log_every": 20,
-    "eval_every": 200,  # 0: before and after training only
+    "eval_every": 150,  # 0: before and after training only
     "checkpoint_every": 100,  # 0: at the end only
     "init_from": "",  # a workdir, WORKDIR/checkpoints/STEP, or a .safetensors file
     "init_rename": (),  # ordered pairs (regex, replacement) on the names found there
@@ -76,7 +76,8 @@ def demo():
       "threads": 0,  # that decode pictures; 0: one a core
       "size": 32,  # side of the views, pixels
       "views": 2,
-      "crop_scale": (0.4, 1.0),  # share of the picture's area
+      # Share of the picture's area. Smaller crops often miss the shape.
+      "crop_scale": (0.6, 1.0),
       "crop_ratio": (3 / 4, 4 / 3),  # width over height
       "augment": {"flip": 0.5, "jitter": {"strength": 0.5}, "grayscale": 0.2},
     },
