@@ -1006,6 +1006,7 @@ def test_golden(golden_dir, name):
   exempt = set(EXEMPT.get(name, ()))
   read = set(g.read)
   assert not read & set(answer), "an answer must not be read from the file"
+  assert not exempt & (read | set(answer)), "exempt, and yet read or answered"
   unanswered = set(g) - set(answer) - read - exempt
   assert not unanswered, f"neither read, answered nor exempt: {sorted(unanswered)}"
   assert set(answer) <= set(g), f"not in the file: {sorted(set(answer) - set(g))}"

@@ -145,7 +145,7 @@ def koleo(
     groups: look for the neighbour within each of this many contiguous groups of rows
       only. The official code looks within one process's rows: `groups` is the number
       of processes that reproduces it.
-    reduction: "mean" or "none" (`[B]`).
+    reduction: "mean", "sum" or "none" (`[B]`).
     axis_name: of a `pmap` or `shard_map` whose devices hold `[B / n, d]` each. The mean
       over the axis is the loss, the gradient that of the sum over the axis.
   """
@@ -160,7 +160,7 @@ def koleo(
   else:
     search = lambda z: rows.each(_nearest, z, axis_name=axis_name)
     each = _koleo_rows(x, eps, axis_name, search)
-  return rows.reduce(each, reduction)
+  return rows.reduce(each, reduction, axis_name=axis_name)
 
 
 def _koleo_rows(x, eps, axis_name, search):

@@ -120,9 +120,8 @@ def triplet_batch_hard(
     difference = farthest - nearest
     return jax.nn.softplus(difference) if soft else jax.nn.relu(margin + difference)
 
-  return rows.reduce(
-    rows.each(by_anchor, embedding, label, axis_name=axis_name), reduction
-  )
+  values = rows.each(by_anchor, embedding, label, axis_name=axis_name)
+  return rows.reduce(values, reduction, axis_name=axis_name)
 
 
 def triplet_semihard(
