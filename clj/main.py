@@ -34,6 +34,7 @@ def main() -> int:
   except Exception as error:
     return complain(error, debug="--debug" in sys.argv)
   quiet_libraries()
+  os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices(config["batch_size"])))
   from clj.train import train  # after the flags: JAX takes a second to load
 
   try:
@@ -50,6 +51,17 @@ def default_workdir(config_filename: str) -> str:
   name = os.path.splitext(os.path.basename(path))[0]
   variant = re.sub(r"[^\w.-]+", "-", variant or "demo")
   return os.path.join("runs", f"{name}-{variant}")
+
+
+def cpu_devices(batch_size: int) -> int:
+  """How many devices a CPU is split into: XLA runs some convolutions on one core each.
+
+  At most the cores that this process may use, and so many that the batch divides and
+  each gets 16 examples or more. Accelerators are not concerned.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+  fitting = (n for n in range(cores, 1, -1) if batch_size % n == 0)
+  return next((n for n in fitting if batch_size // n >= 16), 1)
 
 
 def user_errors() -> tuple:

@@ -134,7 +134,7 @@ def cifar10_cpu():
   return {
     "seed": 0,
     "batch_size": 256,
-    "total_steps": 1200,
+    "total_steps": 1900,
     "log_every": 20,
     "eval_every": 0,
     "checkpoint_every": 200,
@@ -144,7 +144,7 @@ def cifar10_cpu():
     "method": {
       "name": "simclr",
       "temperature": 0.2,
-      "projector": {"widths": (256, 128), "std": None},
+      "projector": {"widths": (128, 128), "std": None},
       "probe_classes": 10,
     },
     "model": {"name": "resnet_small", "widths": (32, 64, 128)},
