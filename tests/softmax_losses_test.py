@@ -5,7 +5,12 @@ devices in both forms, and against what a user's own pmap or shard_map step woul
 """
 
 import functools
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -537,3 +542,47 @@ def test_ring_form_gathers_nothing(name):
   assert [64, 32] in hops and all(shape in ([64, 32], [64]) for shape in hops)
   for op in ("all_reduce", "reduce_scatter", "all_to_all"):
     assert all(not shape for shape in _results(text, op)), op
+
+
+def _tpu(*flags):
+  """Records of `benchmarks.loss_tpu`, in a process of its own."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed")
+  command = [sys.executable, "-m", "benchmarks.loss_tpu", *flags]
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # a CPU's
+  done = subprocess.run(command, capture_output=True, text=True, env=env)
+  assert done.returncode == 0, done.stderr[-2000:]
+  records = [json.loads(line) for line in done.stdout.splitlines()]
+  return {(r["loss"], r["form"], r["batch"]): r for r in records}
+
+
+@pytest.mark.slow
+def test_memory_and_traffic_on_256_tpus():
+  batches = 32768, 1048576
+  found = _tpu(
+    "--losses=nt_xent,clip",
+    "--forms=gather,ring",
+    f"--batches={batches[0]},{batches[1]}",
+  )
+  for name in "nt_xent", "clip":
+    gather, ring = (found[name, form, batches[1]] for form in ("gather", "ring"))
+    assert gather["temporaries_mib"] <= 2.1 * 1024
+    assert gather["collectives"]["all-gather"][1] == 2 * batches[1] * 512 * 2
+    assert set(gather["collectives"]) == {"all-gather", "all-reduce"}
+    assert gather["collectives"]["all-reduce"][1] <= 8 * 4 * batches[1]
+    assert ring["temporaries_mib"] <= 16
+    assert "all-gather" not in ring["collectives"]
+    sides = 2 * batches[0] * 512 * 2 / 2**20
+    assert found[name, "gather", batches[0]]["temporaries_mib"] <= sides + 1
+
+
+@pytest.mark.slow
+def test_memory_on_2048_tpus_is_that_of_256():
+  small, large = 1048576, 8388608
+  flags = "--losses=nt_xent,clip", "--forms=ring"
+  many = _tpu(*flags, "--topology=v5p:8x16x16", f"--batches={large}")
+  few = _tpu(*flags, "--topology=v5p:8x8x4", f"--batches={small}")
+  for name in "nt_xent", "clip":
+    temporaries = many[name, "ring", large]["temporaries_mib"]
+    assert temporaries <= 40
+    assert temporaries <= few[name, "ring", small]["temporaries_mib"] * 1.05 + 0.1
