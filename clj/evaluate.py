@@ -120,7 +120,8 @@ def make_evaluate(
       if kwargs.pop("final_only", False) and not final:
         continue
       values = run(found["train"], found["test"], classes, **kwargs)
-      if name == "diagnostics" and (line := diagnostics.warning(values)):
+      # At step 0 the untrained network may well look collapsed.
+      if name == "diagnostics" and step and (line := diagnostics.warning(values)):
         print(line, flush=True)
       metrics |= {f"eval/{label}/{key}": value for key, value in values.items()}
     if step == 0 and "eval/knn/top1" in metrics:
