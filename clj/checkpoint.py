@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import threading
-import time
 
 import jax
 import numpy as np
@@ -41,6 +40,7 @@ class Checkpoints:
     self.best = best
     self._keep = keep
     self._hashing: list[threading.Thread] = []
+    self._over = threading.Event()  # what is not committed by then never will be
     self._manager = None
 
   def steps(self) -> list[int]:
@@ -56,7 +56,10 @@ class Checkpoints:
     clock: JSON-able, whatever the loop needs beside the state to go on.
     metrics: of the last evaluation; may be empty.
     """
-    self._open().save(
+    manager = self._open()
+    # A checkpoint of this step that somebody removed by hand may have left its hashes.
+    self._manifest(step, jax.process_index()).unlink(missing_ok=True)
+    manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), clock=ocp.args.JsonSave(clock)
@@ -70,10 +73,14 @@ class Checkpoints:
 
   def wait(self):
     """Until every save is committed and hashed."""
-    if self._manager is not None:
-      self._manager.wait_until_finished()
-    for thread in self._hashing:
-      thread.join()
+    try:
+      if self._manager is not None:
+        self._manager.wait_until_finished()
+    finally:
+      self._over.set()
+      for thread in self._hashing:
+        thread.join()
+      self._over.clear()
 
   def close(self):
     self.wait()
@@ -90,18 +97,23 @@ class Checkpoints:
     is left, or where `step` was asked for and cannot be had.
     """
     found = self.steps()
-    if step is not None and step not in found:
-      raise CheckpointError(
-        f"no checkpoint of step {step} in {self.directory}; there are {found or 'none'}"
-      )
+    if step is not None:
+      self._require(step)
     for newest in [step] if step is not None else found[::-1]:
       fault = self.fault(newest)
       if fault is None:
         try:
           state, clock = self._restore(newest, abstract_state)
+          if not self._manifests(newest):  # killed before it was hashed
+            self._hash(newest)
           return state, clock, newest
         except (ValueError, OSError, KeyError, TypeError) as error:
           fault = _first_line(error)
+          if self._manifests(newest):  # its files are as they were written
+            raise CheckpointError(
+              f"checkpoint {self.directory / str(newest)} does not fit this program "
+              f"({fault}); take another workdir, with init_from"
+            ) from error
       if step is not None:
         raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
       kept = self._set_aside(newest)
@@ -114,29 +126,36 @@ class Checkpoints:
     return None
 
   def restore_tree(self, step: int, make_sharding=None):
-    """Restores `step` whatever its structure is: (nested dict, clock).
+    """Restores the state of `step`, whatever its structure is, as a nested dict.
 
     make_sharding: shape-and-dtype struct -> sharding; default: the first device.
     """
+    self._require(step)
     fault = self.fault(step)
     if fault is not None:
       raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
-    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-      path = self.directory / str(step) / "state"
-      tree = checkpointer.metadata(path).item_metadata.tree
-      make_sharding = make_sharding or (
-        lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    path = self.directory / str(step) / "state"
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    make_sharding = make_sharding or (lambda _: first)
+
+    def struct(leaf):
+      plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=make_sharding(plain))
+
+    try:
+      with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        abstract = jax.tree.map(struct, tree, is_leaf=lambda x: hasattr(x, "shape"))
+        return checkpointer.restore(path, abstract)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+      raise CheckpointError(f"checkpoint {path}: {_first_line(error)}") from error
+
+  def _require(self, step: int):
+    found = self.steps()
+    if step not in found:
+      raise CheckpointError(
+        f"no checkpoint of step {step} in {self.directory}; there are {found or 'none'}"
       )
-
-      def struct(leaf):
-        plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        return jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=make_sharding(plain)
-        )
-
-      is_array = lambda x: hasattr(x, "shape")
-      abstract = jax.tree.map(struct, tree, is_leaf=is_array)
-      return checkpointer.restore(path, abstract)
 
   def _open(self) -> ocp.CheckpointManager:
     # Opened late: reading a workdir must not create anything in it.
@@ -162,13 +181,16 @@ class Checkpoints:
   def _manifest(self, step: int, process: int) -> epath.Path:
     return self.workdir / "hashes" / f"{step}.{process}.json"
 
+  def _manifests(self, step: int) -> list[epath.Path]:
+    return sorted((self.workdir / "hashes").glob(f"{step}.*.json"))
+
   def _hash(self, step: int):
     path = self.directory / str(step)
     while not _committed(path):
+      if self._over.wait(0.02) and not _committed(path):
+        return
       # A newer save may have pushed this one out before we came to look.
-      time.sleep(0.02)
-      newest = max(self.steps(), default=step)
-      if newest > step and not path.exists():
+      if max(self.steps(), default=step) > step and not path.exists():
         return
     process = jax.process_index()
     with contextlib.suppress(FileNotFoundError):
@@ -191,7 +213,7 @@ class Checkpoints:
     checks must do.
     """
     path = self.directory / str(step)
-    manifests = sorted((self.workdir / "hashes").glob(f"{step}.*.json"))
+    manifests = self._manifests(step)
     expected = {}
     for manifest in manifests:
       try:
@@ -206,7 +228,10 @@ class Checkpoints:
     for file, (size, digest) in sorted(expected.items()):
       if not (path / file).exists():
         return f"{file} is missing"
-      found = _digest(path / file)
+      try:
+        found = _digest(path / file)
+      except OSError as error:
+        return f"{file} cannot be read ({_first_line(error)})"
       if found[0] != size:
         return f"{file} has {found[0]} bytes, not {size}"
       if found[1] != digest:
@@ -226,7 +251,7 @@ class Checkpoints:
         count += 1
         target = aside / f"{step}.{count}"
       (self.directory / str(step)).rename(target)
-      for manifest in (self.workdir / "hashes").glob(f"{step}.*.json"):
+      for manifest in self._manifests(step):
         manifest.rename(aside / f"{target.name}.{manifest.name}")
     return target
 

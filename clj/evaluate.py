@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from clj import augment, checkpoint, log, sharding, workdir
 from clj.data import images, pipeline, sources
@@ -47,6 +48,7 @@ def embed_source(
   ):
     if stopping():
       return None
+    batch.setdefault("label", np.full(len(batch["index"]), -1, np.int32))
     batch = sharding.to_global(batch, mesh)
     parts.append(embed(batch) | {k: batch[k] for k in ("label", "index")})
 
@@ -95,7 +97,8 @@ def make_evaluate(
   def of_views(params, extra, batch):
     views = augment_views(jax.random.key(0), batch)["image"]
     pair = [embed(params, extra, {"image": views[:, v : v + 1]}) for v in range(2)]
-    return tuple(found["features"] for found in pair)
+    filled = min(batch_size, len(test_source))  # the rest only fills up the batch
+    return tuple(found["features"][:filled] for found in pair)
 
   def embed_splits(embed, stopping):
     found = {}
@@ -197,7 +200,8 @@ def _neighbours(train: dict, test: dict, splits, size: int, rows=8, columns=8):
 
 def _pictures(source, records, size: int) -> np.ndarray:
   if source.arrays is not None:
-    return source.arrays["image"][records]
+    pictures = source.arrays["image"][records]
+    return np.stack([images.crop_centrally(picture, size) for picture in pictures])
   return np.stack(
     [
       images.crop_centrally(images.decode(record["image"]), size)
@@ -214,15 +218,20 @@ def best_metric(evals: dict) -> str | None:
 
 def summary(directory) -> str:
   """The last evaluation of a run as a table, the baselines beside it."""
-  values = log.last_values(directory, "eval/")
   config = workdir.read_config(directory)
+  return "\n" + _table(log.last_values(directory, "eval/"), config["evals"])
+
+
+def _table(values: dict[str, float], evals: dict) -> str:
+  """Metrics "eval/LABEL/..." with the protocol of each evaluation beside the first."""
   rows = []
-  for label, options in config["evals"].items():
-    protocol = ", ".join(f"{k} {v}" for k, v in options.items() if k != "name")
+  for label, options in evals.items():
+    shown = {"layer": "features"} | options
+    protocol = ", ".join(f"{k} {v}" for k, v in shown.items() if k != "name")
     for key in sorted(k for k in values if k.startswith(f"eval/{label}/")):
       rows.append((key.removeprefix("eval/"), f"{values[key]:.4f}", protocol))
       protocol = ""
-  return "\n" + log.table(rows, ("evaluation", "value", "protocol")) if rows else ""
+  return log.table(rows, ("evaluation", "value", "protocol"))
 
 
 class Loaded(NamedTuple):
@@ -273,8 +282,8 @@ def _pixels(picture) -> np.ndarray:
     return picture
   if isinstance(picture, bytes):
     return images.decode(picture)
-  if hasattr(picture, "convert"):  # Pillow's
-    return np.asarray(picture.convert("RGB"))
+  if isinstance(picture, Image.Image):
+    return images.from_pillow(picture)
   return images.decode(epath.Path(picture).read_bytes())
 
 
@@ -321,8 +330,7 @@ def run(directory, step: int | None, names: str | None) -> str:
       batch_size=config["batch_size"],
     )
     metrics = evaluate(params, extra, model.step, final=True)
-  rows = [(key.removeprefix("eval/"), f"{metrics[key]:.4f}") for key in metrics]
-  return f"{directory}, step {model.step}\n" + log.table(rows, ("evaluation", "value"))
+  return f"{directory}, step {model.step}\n" + _table(metrics, evals)
 
 
 if __name__ == "__main__":

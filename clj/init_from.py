@@ -37,7 +37,9 @@ def init_from(state, path, rename=()):
       unused.append(source_name)
     for goal in goals:
       want = fresh[goal]
-      if tuple(value.shape) != want.shape:
+      if goal in taken:
+        refused.append(f"{goal}: {source_name} comes second to another array")
+      elif tuple(value.shape) != want.shape:
         refused.append(f"{goal}: {tuple(value.shape)} there, {want.shape} here")
       else:
         taken[goal] = jax.device_put(jnp.array(value, want.dtype), want.sharding)
@@ -47,12 +49,13 @@ def init_from(state, path, rename=()):
       f"{min(found, default='none')!r}; the names here are like {names[0]!r}: "
       "set init_rename"
     )
-  kept = [name for name in names if name not in taken]
+  shapes = {line.partition(":")[0] for line in refused}
+  kept = [name for name in names if name not in taken and name not in shapes]
   merged = jax.tree.unflatten(structure, [taken.get(n, fresh[n]) for n in names])
   report = "\n".join(
     [f"init_from {path}: {len(taken)} of {len(names)} arrays taken"]
     + _section("kept fresh", kept)
-    + _section("refused, of another shape", refused)
+    + _section("refused", refused)
     + _section("not used", unused)
   )
   return dataclasses.replace(state, **merged), report
@@ -64,7 +67,11 @@ def _section(title: str, names: list[str]) -> list[str]:
 
 def _renamed(name: str, rename) -> list[str]:
   for pattern, replacement in rename:
-    if re.search(pattern, name):
+    try:
+      found = re.search(pattern, name)
+    except re.error as error:
+      raise ValueError(f"init_rename: {pattern!r} is no regex: {error}") from None
+    if found:
       several = [replacement] if isinstance(replacement, str) else replacement
       return [re.sub(pattern, r, name) for r in several]
   return [name, f"params/{name}"]
@@ -76,9 +83,13 @@ def _read(path) -> dict:
   if path.suffix == ".safetensors":
     if not path.exists():
       raise ValueError(f"init_from {path}: no such file")
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    return load(path.read_bytes())
+    try:
+      return load(path.read_bytes())
+    except SafetensorError as error:
+      raise ValueError(f"init_from {path}: no safetensors file: {error}") from None
   if path.parent.name == "checkpoints" and path.name.isdigit():
     checkpoints, step = Checkpoints(path.parent.parent), int(path.name)
   else:

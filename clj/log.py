@@ -234,6 +234,6 @@ def start_tables(mesh, params) -> str:
 
 
 def _children(tree):
-  if all(isinstance(v, int) for v in tree.values()):
+  if not isinstance(tree, dict) or all(isinstance(v, int) for v in tree.values()):
     return [("", jax.tree.leaves(tree))]
   return [(name, jax.tree.leaves(sub)) for name, sub in tree.items()]

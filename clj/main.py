@@ -34,7 +34,9 @@ def main() -> int:
   except Exception as error:
     return complain(error, debug="--debug" in sys.argv)
   quiet_libraries()
-  os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices(config["batch_size"])))
+  if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    devices = cpu_devices(config["batch_size"])
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
   from clj.train import train  # after the flags: JAX takes a second to load
 
   try:

@@ -174,6 +174,12 @@ def train(
   source = sources.open_source(
     data["source"], data["train_split"], data["data_dir"] or None
   )
+  classes = len(source.class_names or ())
+  if 0 < method.get("probe_classes", 0) < classes:
+    raise ValueError(
+      f"method.probe_classes is {method['probe_classes']}, but {data['source']!r} has "
+      f"{classes} classes; set it to that, or to 0"
+    )
   read = lambda step, rows: contextlib.closing(
     pipeline.batches(
       source,
@@ -233,7 +239,7 @@ def train(
     workdir.record_config(directory, config, start)
     writer = log.Log(directory, start_step=start, total_steps=total_steps)
     meter = log.Meter(batch_size, start, seconds)
-    scores = log.last_values(directory, prefix="eval/")
+    scores = (-1, {})  # of the last evaluation: step, metrics
     due = lambda step: (
       evals and (step in (0, total_steps) or (eval_every and step % eval_every == 0))
     )
@@ -257,20 +263,23 @@ def train(
         writer.write(step, line | meter.read(step))
 
     def evaluate_now(step):
+      nonlocal scores
       with meter.pause():
         found = evaluate(
           state.params, state.extra, step, step == total_steps, writer, stopping
         )
       if found is not None:  # else stopped in the middle; done again after the restart
         writer.write(step, found)
-        scores.update(found)
+        scores = step, found
 
     def save(step):
       with meter.pause():
         writer.sync()
-        checkpoints.save(step, state, {"seconds": meter.seconds()}, scores)
+        at, found = scores
+        clock = {"seconds": meter.seconds()}
+        checkpoints.save(step, state, clock, found if at == step else {})
 
-    done = saved = start
+    done, saved, tracing = start, start, False
     try:
       if due(start) and not log.evaluated(directory, start):
         evaluate_now(start)
@@ -282,17 +291,21 @@ def train(
           batch = sharding.to_global(next(batches), grid)
           if step == 0:
             _draw_views(writer, program.augment, state.rng, batch)
-          if step == profile_from:
+          if profile_from <= step < profile_to and not tracing:
             jax.profiler.start_trace(str(directory))
+            tracing = True
           with jax.transfer_guard("disallow"):
             state, metrics = program.step(state, batch)
           settle()  # the step before; the device is busy with this one meanwhile
           pending, done = (step + 1, metrics), step + 1
-          if done == profile_to:
+          last = done == total_steps
+          if tracing and (done == profile_to or last):
             settle()
             jax.profiler.stop_trace()
-          last = done == total_steps
-          save_due = last or (checkpoint_every and done % checkpoint_every == 0)
+            tracing = False
+          # What was evaluated is saved too: it may be the best.
+          save_due = last or due(done)
+          save_due |= bool(checkpoint_every) and done % checkpoint_every == 0
           if due(done) or save_due:
             settle()
           if due(done):
@@ -304,23 +317,27 @@ def train(
         settle()
         save(done)
     finally:
+      if tracing:
+        jax.profiler.stop_trace()
       checkpoints.close()
       writer.close()
   if source.bad:
     print(f"{len(source.bad)} corrupt records were replaced by the next good ones")
   if done < total_steps or (evals and not log.evaluated(directory, done)):
-    print(f"stopped by SIGTERM, saved at step {done}; the same command goes on")
+    kept = f"saved at step {done}" if done else "before the first step"
+    print(f"stopped by SIGTERM, {kept}; the same command goes on")
     return STOPPED
   print(summary(directory))
   return COMPLETE
 
 
 def _not_finite(step: int, loss: float, checkpoints) -> str:
+  checkpoints.wait()
   good = checkpoints.steps()
   kept = f"the checkpoint of step {good[-1]} is good; " if good else ""
   return (
     f"loss {loss} or a parameter is not finite at step {step}; {kept}"
-    "lower optim.learning_rate or lengthen the warm-up"
+    "lower optim.learning_rate or lengthen the warm-up, in another --workdir"
   )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from clj import init_from, sharding
+from clj import init_from, log, sharding
 from clj.method import Aux, Method, keep
 from clj.train import TrainState, make_train_step
 
@@ -238,6 +238,7 @@ def run(name, devices, steps=3, change=lambda state: state):
         state, metrics = step(state, batch)
       assert bool(metrics["finite"])
       losses.append(float(metrics["loss"]))
+  assert "total" in log.start_tables(mesh, state.params)
   return losses, jax.device_get(dataclasses.replace(state, rng=0)), count
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from clj import checkpoint, log, workdir
 from clj.train import train
@@ -148,8 +150,6 @@ def test_step_compiles_once_over_evaluation_save_and_restore(tmp_path):
   first = count_compilations(lambda: train(tmp_path, **config))
   assert sum("train_step" in str(name) for name in first) == 1, first
   # From a checkpoint: the restored state is laid out as the initialised one was.
-  import shutil
-
   shutil.rmtree(tmp_path / "checkpoints" / "6")
   again = count_compilations(lambda: train(tmp_path, **config))
   assert sum("train_step" in str(name) for name in again) <= 1
@@ -228,7 +228,7 @@ def test_command_line_errors_are_one_line(arguments, message):
 
 
 def test_profile_writes_a_trace(tmp_path):
-  train(tmp_path, **smoke(profile="0:1"))
+  train(tmp_path, **smoke(profile="1:100"))  # stopped at the end at the latest
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
@@ -243,3 +243,49 @@ def test_init_from_a_workdir(tmp_path, capsys):
   for path, value in first.items():
     if "params" in str(path[0]):
       np.testing.assert_array_equal(second[path], value)
+
+
+def test_a_flat_folder_without_labels_runs(tmp_path):
+  rng = np.random.default_rng(0)
+  (tmp_path / "in").mkdir()
+  for i in range(40):
+    picture = Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8))
+    picture.save(tmp_path / "in" / f"{i}.png")
+  (tmp_path / "in" / "notes.txt").write_text("not a picture")
+  (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture either")
+  evals = {"knn": {"k": 5, "temperature": 0.1}, "diagnostics": {}}
+  config = smoke(evals=evals, total_steps=4, eval_every=2)
+  config["data"] = config["data"] | {
+    "source": f"folder:{tmp_path / 'in'}",
+    "train_split": "train[:80%]",
+    "test_split": "train[80%:]",
+  }
+  assert train(tmp_path / "out", **config) == 0
+  values = log.last_values(tmp_path / "out", "eval/")
+  assert 0 <= values["eval/diagnostics/alignment"] <= 4
+  assert "eval/knn/top1" not in values
+
+
+def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
+  state = {"w": jax.numpy.ones(4)}
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(1, state, {}, {})
+  checkpoints.wait()
+
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+  monkeypatch.setattr(checkpoint, "_committed", lambda path: False)
+  checkpoints.save(2, state, {}, {})
+  with pytest.raises(OSError, match="No space left"):
+    checkpoints.wait()
+
+
+def test_too_few_probe_classes_is_one_line(tmp_path):
+  config = smoke()
+  config["method"] = config["method"] | {"probe_classes": 5}
+  with pytest.raises(
+    ValueError, match="probe_classes is 5, but 'shapes' has 9 classes"
+  ):
+    train(tmp_path, **config)

@@ -59,19 +59,24 @@ def _opencv(data, flags):
 def _pillow(data):
   try:
     with Image.open(io.BytesIO(data)) as image:
-      image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-      return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2)
-    if image.mode == "F":
-      raise ValueError("pixels are floating-point numbers")
-    if image.has_transparency_data:
-      image = image.convert("RGBA")
-      white = Image.new("RGBA", image.size, "white")
-      image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
+      return from_pillow(image)
   except Exception as error:  # Pillow raises a dozen kinds on broken data.
     message = str(error).replace(" <_io.BytesIO object at", " <at") or repr(error)
     raise ValueError(message) from None
+
+
+def from_pillow(image: Image.Image) -> np.ndarray:
+  """Pixels of a Pillow picture of any mode, by the rules of `decode`."""
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith("I"):
+    return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2)
+  if image.mode == "F":
+    raise ValueError("pixels are floating-point numbers")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image)
+  return np.array(image.convert("RGB"))
 
 
 def crop_randomly(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 
 import numpy as np
+from etils import epath
 
 from clj.data import images
 from clj.data.shapes import SHAPES, SIZES, shapes
@@ -194,6 +195,11 @@ def _open_folder(name, split):
   parts = _parts(split, {x: len(found[x][0]) for x in wanted}, name)
   files = [(x, f) for x, start, stop in parts for f in found[x][0][start:stop]]
   if not files:
+    if total := sum(len(found[x][0]) for x in wanted):
+      raise DataError(
+        f"{name} {split} is empty, of {total} images in all;"
+        " set data.train_split and data.test_split"
+      )
     others = sum(found[x][1] for x in wanted)
     raise DataError(
       f"{name} {split}: no image in {root!r}, {others} other files;"
@@ -285,9 +291,12 @@ def _open_tfds(name, split, data_dir, memory_limit):
   records = builder.as_data_source(
     split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
-  for instruction in info.splits[split].file_instructions:
-    if not os.path.exists(instruction.filename):
-      raise DataError(f"{name} lacks the file {instruction.filename}: prepare it again")
+  files = [x.filename for x in info.splits[split].file_instructions]
+  with futures.ThreadPoolExecutor(16) as pool:  # a bucket answers slowly
+    there = list(pool.map(lambda file: epath.Path(file).exists(), files))
+  if not all(there):
+    file = files[there.index(False)]
+    raise DataError(f"{name} lacks the file {file}: prepare it again")
 
   encoded = {"image": tfds.decode.SkipDecoding()}
 

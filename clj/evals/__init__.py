@@ -1,4 +1,4 @@
-"""Every evaluation: a name for configs -> `(train, test, classes, **options) -> values`.
+"""Every evaluation: a name for configs -> `(train, test, classes, **options)`.
 
 `train` and `test` are what `clj.evaluate.embed_source` gives: arrays `[N, d]` by name,
 "label" and "index" `[N]` beside them; "views" of `test` is a pair of arrays `[M, d]`,
@@ -25,7 +25,7 @@ def _by_label(evaluation):
 def _diagnostics(train, test, classes, *, layer="features"):
   del train, classes
   # Rows that only fill up a batch have index -1.
-  return diagnostics.diagnostics(test[layer], test["views"], labels=test["index"])
+  return diagnostics.diagnostics(test[layer], test.get("views"), labels=test["index"])
 
 
 NEEDS_LABELS = ("knn", "linear_probe")

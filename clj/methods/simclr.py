@@ -7,9 +7,9 @@ Two random views of a picture go through an encoder f and a projection head g
 (Algorithm 1); the loss (Eq. 1, NT-Xent) asks each projection to find the other view's
 among all 2N - 1 of the batch. Afterwards the head is thrown away.
 
-Differences from the authors' code: the loss is the paper's mean over the 2N rows, theirs
-is the sum of the two directions, twice that; batch norm is over the whole global batch
-of both views, as theirs is on TPU.
+Differences from the authors' code: the loss is the paper's mean over the 2N rows,
+theirs is the sum of the two directions, twice that; batch norm is over the whole global
+batch of both views, as theirs is on TPU.
 """
 
 import jax
