@@ -241,7 +241,8 @@ def train(
     meter = log.Meter(batch_size, start, seconds)
     scores = (-1, {})  # of the last evaluation: step, metrics
     due = lambda step: (
-      evals and (step in (0, total_steps) or (eval_every and step % eval_every == 0))
+      bool(evals)
+      and (step in (0, total_steps) or (eval_every > 0 and step % eval_every == 0))
     )
     pending = None  # (step, metrics) on the device, not looked at yet
 
@@ -304,8 +305,8 @@ def train(
             jax.profiler.stop_trace()
             tracing = False
           # What was evaluated is saved too: it may be the best.
-          save_due = last or due(done)
-          save_due |= bool(checkpoint_every) and done % checkpoint_every == 0
+          regular = checkpoint_every > 0 and done % checkpoint_every == 0
+          save_due = last or regular or due(done)
           if due(done) or save_due:
             settle()
           if due(done):

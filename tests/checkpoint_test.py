@@ -127,8 +127,9 @@ def test_rolling_and_best_are_kept(tmp_path):
     checkpoints.wait()
   checkpoints.close()
   assert checkpoints.steps() == [2, 4, 5]
-  hashed = sorted(int(p.name.split(".")[0]) for p in (tmp_path / "hashes").iterdir())
-  assert hashed == [2, 4, 5]
+  hashed = {int(p.name.split(".")[0]) for p in (tmp_path / "hashes").iterdir()}
+  # Hashes of what was deleted go with the next save.
+  assert {2, 4, 5} <= hashed and 1 not in hashed
 
 
 def test_asking_for_a_step_that_is_not_there_says_which_are(tmp_path):

@@ -275,9 +275,9 @@ def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
   monkeypatch.setattr(checkpoint, "_committed", lambda path: False)
   checkpoints.save(2, state, {}, {})
+  monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
   with pytest.raises(OSError, match="No space left"):
     checkpoints.wait()
 
