@@ -423,8 +423,11 @@ def test_splits_of_a_folder(tmp_path):
   assert len(open_source(name, "train[10:]+test")) == 32
   inner = open_source(f"{name}/val", "train")
   assert len(inner) == 12
-  rest = open_source(f"{name}/val", "train[75%:]")
-  np.testing.assert_array_equal(rest.files, inner.files[9:])
+  # Parts are mixed over the classes, and share nothing.
+  parts = [open_source(f"{name}/val", f"train[{p}]").files for p in (":75%", "75%:")]
+  assert [len(p) for p in parts] == [9, 3]
+  assert sorted(parts[0] + parts[1]) == list(inner.files)
+  assert parts[0] != inner.files[:9]
   with pytest.raises(DataError, match="no split 'dev'"):
     open_source(name, "dev")
 

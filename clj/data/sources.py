@@ -118,7 +118,8 @@ def open_source(
     split: a name or TFDS's syntax for parts of it, "train[:90%]", "train+test".
       A folder whose sub-folders are called train and test (or validation, val, valid)
       has these splits, "test" standing for whichever of the latter there is; any other
-      folder is all "train". A class is a sub-folder of the split.
+      folder is all "train". A class is a sub-folder of the split. Parts of a folder
+      are mixed over the classes.
     data_dir: where TFDS data lies prepared; None: TFDS_DATA_DIR, then TFDS's default.
     memory_limit: TFDS pictures of one fixed size that decode to at most this many
       bytes are decoded now and held; 0: never.
@@ -193,7 +194,7 @@ def _open_folder(name, split):
   wanted = [x for x in folders if x in split] or list(folders)
   found = {x: _scan(os.path.join(root, folders[x])) for x in wanted}
   parts = _parts(split, {x: len(found[x][0]) for x in wanted}, name)
-  files = [(x, f) for x, start, stop in parts for f in found[x][0][start:stop]]
+  files = [(x, f) for x, start, stop in parts for f in _part(found[x][0], start, stop)]
   if not files:
     if total := sum(len(found[x][0]) for x in wanted):
       raise DataError(
@@ -249,8 +250,13 @@ def _scan(root):
       else:
         path = os.path.join(relative, name) if relative != "." else name
         found.append(path.replace(os.sep, "/"))
-  # Mixed, by a hash of the name: a part such as "train[95%:]" has all classes.
-  return sorted(found, key=lambda path: (zlib.crc32(path.encode()), path)), others
+  return sorted(found), others
+
+
+def _part(paths, start, stop):
+  """A part of a folder that has all classes: by a hash of the names, not by the names."""
+  mixed = sorted(paths, key=lambda path: (zlib.crc32(path.encode()), path))
+  return sorted(mixed[start:stop])
 
 
 # TensorFlow Datasets, read without TensorFlow.
