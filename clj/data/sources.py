@@ -254,7 +254,7 @@ def _scan(root):
 
 
 def _part(paths, start, stop):
-  """A part of a folder that has all classes: by a hash of the names, not by the names."""
+  """A part of a folder, mixed over its classes by a hash of the names."""
   mixed = sorted(paths, key=lambda path: (zlib.crc32(path.encode()), path))
   return sorted(mixed[start:stop])
 
