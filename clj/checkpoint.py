@@ -35,7 +35,9 @@ class Checkpoints:
   """
 
   def __init__(self, workdir, *, keep: int = 2, best: str | None = None):
-    self.workdir = epath.Path(workdir)
+    # Orbax wants whole paths; a bucket's is one.
+    whole = "://" in str(workdir)
+    self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
     self.best = best
     self._keep = keep

@@ -53,6 +53,13 @@ def test_round_trip_on_another_number_of_devices(tmp_path):
     )
 
 
+def test_a_relative_workdir(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write("runs/demo")
+  assert Checkpoints("runs/demo").restore(abstract(make_state(0)))[2] == 2
+  assert (tmp_path / "runs" / "demo" / "checkpoints" / "2").exists()
+
+
 def test_no_checkpoint_is_none_and_reading_creates_nothing(tmp_path):
   assert Checkpoints(tmp_path).restore(abstract(make_state(0))) is None
   assert not list(tmp_path.iterdir())
