@@ -76,8 +76,12 @@ def user_errors() -> tuple:
 def complain(error: Exception, debug: bool = False) -> int:
   if debug:
     traceback.print_exception(error)
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  # str() of a KeyError is the repr of its message.
+  text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   line = lines[0] if lines else type(error).__name__
+  if lines[1:] and lines[1].startswith("Did you mean"):
+    line = f"no key {line} in the config. {lines[1]}"
   if "Traceback (most recent call last):" in lines:
     # config_flags puts the traceback of a config file into the message.
     line = lines[-1].partition(": ")[2] or lines[-1]

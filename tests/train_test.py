@@ -214,6 +214,10 @@ def test_bad_values_are_one_line(tmp_path, change, message):
     (["--config=configs/simclr.py:smok"], "no variant 'smok'; there are: demo"),
     (["--config=configs/simclr.py:smoke", "--config.batchsize=4"], "batch_size"),
     (["--config=configs/simclr.py:smoke", "--config.batch_size=x"], "batch_size"),
+    (
+      ["--config=configs/simclr.py:smoke", "--config.optim.learning_rte=1"],
+      'Did you mean "learning_rate"',
+    ),
     ([], "--config"),
   ],
 )

@@ -193,18 +193,19 @@ def _open_folder(name, split):
   # Only what the split names is scanned: a pod's training folder holds millions.
   wanted = [x for x in folders if x in split] or list(folders)
   found = {x: _scan(os.path.join(root, folders[x])) for x in wanted}
-  parts = _parts(split, {x: len(found[x][0]) for x in wanted}, name)
-  files = [(x, f) for x, start, stop in parts for f in _part(found[x][0], start, stop)]
-  if not files:
-    if total := sum(len(found[x][0]) for x in wanted):
-      raise DataError(
-        f"{name} {split} is empty, of {total} images in all;"
-        " set data.train_split and data.test_split"
-      )
+  total = sum(len(found[x][0]) for x in wanted)
+  if not total:
     others = sum(found[x][1] for x in wanted)
     raise DataError(
       f"{name} {split}: no image in {root!r}, {others} other files;"
       f" an image ends in {' '.join(IMAGE_SUFFIXES)}"
+    )
+  parts = _parts(split, {x: len(found[x][0]) for x in wanted}, name)
+  files = [(x, f) for x, start, stop in parts for f in _part(found[x][0], start, stop)]
+  if not files:
+    raise DataError(
+      f"{name} {split} is empty, of {total} images in all;"
+      " set data.train_split and data.test_split"
     )
   # Test classes are numbered as the training classes are.
   named = found.get("train") or _scan(os.path.join(root, folders["train"]))
