@@ -76,12 +76,15 @@ def user_errors() -> tuple:
 def complain(error: Exception, debug: bool = False) -> int:
   if debug:
     traceback.print_exception(error)
-  # str() of a KeyError is the repr of its message.
-  text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   line = lines[0] if lines else type(error).__name__
-  if lines[1:] and lines[1].startswith("Did you mean"):
-    line = f"no key {line} in the config. {lines[1]}"
+  # A misspelt key, as ml_collections says it.
+  if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
+    line = (
+      f"no key {found[2]!r} in this section of the config; did you mean {found[1]!r}?"
+  elif isinstance(error, KeyError | AttributeError):
+    line = f"no key {line.strip(chr(34))} in the config"
+    )
   if "Traceback (most recent call last):" in lines:
     # config_flags puts the traceback of a config file into the message.
     line = lines[-1].partition(": ")[2] or lines[-1]
