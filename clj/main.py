@@ -80,11 +80,9 @@ def complain(error: Exception, debug: bool = False) -> int:
   line = lines[0] if lines else type(error).__name__
   # A misspelt key, as ml_collections says it.
   if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
-    line = (
-      f"no key {found[2]!r} in this section of the config; did you mean {found[1]!r}?"
+    line = f"no key {found[2]!r} in this section; did you mean {found[1]!r}?"
   elif isinstance(error, KeyError | AttributeError):
-    line = f"no key {line.strip(chr(34))} in the config"
-    )
+    line = f"no key {line} in the config"
   if "Traceback (most recent call last):" in lines:
     # config_flags puts the traceback of a config file into the message.
     line = lines[-1].partition(": ")[2] or lines[-1]

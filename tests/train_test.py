@@ -216,7 +216,7 @@ def test_bad_values_are_one_line(tmp_path, change, message):
     (["--config=configs/simclr.py:smoke", "--config.batch_size=x"], "batch_size"),
     (
       ["--config=configs/simclr.py:smoke", "--config.optim.learning_rte=1"],
-      "'learning_rte' in this section of the config; did you mean 'learning_rate'",
+      "no key 'learning_rte' in this section; did you mean 'learning_rate'",
     ),
     ([], "--config"),
   ],
