@@ -51,14 +51,14 @@ def embed_source(
     batch.setdefault("label", np.full(len(batch["index"]), -1, np.int32))
     batch = sharding.to_global(batch, mesh)
     parts.append(embed(batch) | {k: batch[k] for k in ("label", "index")})
+  return {key: _join(*(part[key] for part in parts)) for key in parts[0]}
 
-  # [batches, B, d] -> [B * batches, d]: each row stays where it was computed.
-  @jax.jit
-  def join(*arrays):
-    joined = jnp.stack(arrays, axis=1)
-    return joined.reshape(-1, *joined.shape[2:])
 
-  return {key: join(*(part[key] for part in parts)) for key in parts[0]}
+@jax.jit  # here, so that later evaluations find it compiled
+def _join(*parts):
+  """Batches `[B, ...]` -> `[B * batches, ...]`; each row stays where it was made."""
+  joined = jnp.stack(parts, axis=1)
+  return joined.reshape(-1, *joined.shape[2:])
 
 
 def make_evaluate(
