@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from clj.models.heads import MLP, Linear
 from clj.models.resnet import ResNet
+from clj.models.text import Text
+from clj.models.transformer import Encoder
+from clj.models.vit import ViT
 
 
 class Network(NamedTuple):
@@ -59,6 +62,69 @@ def _resnet_small(widths=(24, 48, 96), depths=(1, 1, 1), stem="patch", **kwargs)
   return ResNet(tuple(widths), tuple(depths), False, stem, **kwargs)
 
 
+# Widths, depths and heads; and where it is not four times the width, the hidden width.
+SIZES = {
+  "test": (16, 2, 2),
+  "small": (64, 1, 4),
+  "s": (384, 12, 6),
+  "b": (768, 12, 12),
+  "l": (1024, 24, 16),
+  "so400m": (1152, 27, 16, 4304),
+  "h": (1280, 32, 16),
+  "g": (1408, 40, 16, 6144),
+  "bigg": (1664, 48, 16, 8192),
+  "text_b": (512, 12, 8),
+  "text_rn50x4": (640, 12, 10),
+  "text_l": (768, 12, 12),
+  "text_rn50x64": (1024, 12, 16),
+  "text_h": (1024, 24, 16),
+  "text_bigg": (1280, 32, 20),
+}
+
+
+def _encoder(size, kwargs):
+  """Takes the encoder's arguments out of `kwargs`."""
+  names = ("width", "depth", "heads", "hidden")
+  size = dict(zip(names, SIZES[size]))
+  size |= {key: kwargs.pop(key) for key in names if key in kwargs}
+  width = size.pop("width")
+  fields = set(Encoder.__dataclass_fields__) - {"parent", "name"}
+  options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+  return {"width": width, "encoder": Encoder(**size, **options)}
+
+
+def _vit(size, patch, **kwargs):
+  return ViT(patch=patch, **_encoder(size, kwargs), **kwargs)
+
+
+def _text(size, vocab, **kwargs):
+  return Text(vocab=vocab, **_encoder(size, kwargs), **kwargs)
+
+
+# What is not size: OpenAI's models, those of LAION (H, g and bigG), and SigLIP's.
+_CLIP = {"activation": "quick_gelu", "eps": 1e-5}
+_LAION = {"activation": "gelu", "eps": 1e-5}
+_SIGLIP = {"activation": "gelu_tanh", "eps": 1e-6, "kernel_init": "xavier"}
+_clip_vit = partial(_vit, kernel_init="torch", pre_norm=True, patch_bias=False)
+_clip_text = partial(
+  _text,
+  vocab=49408,
+  kernel_init="clip",
+  causal=True,
+  mask_padding=False,
+  pool="highest",
+)
+_siglip_vit = partial(_vit, pool="map", **_SIGLIP)
+_siglip_text = partial(
+  _text,
+  vocab=32000,
+  mask_padding=False,
+  pool="last",
+  token_std=None,
+  position_std=None,
+  **_SIGLIP,
+)
+
 IMAGE = {
   "resnet18": partial(_resnet, (2, 2, 2, 2), False),
   "resnet34": partial(_resnet, (3, 4, 6, 3), False),
@@ -68,6 +134,47 @@ IMAGE = {
   "resnet200": partial(_resnet, (3, 24, 36, 3), True),
   "resnet_small": _resnet_small,  # minutes on a CPU: CIFAR and the demo
   "resnet_test": partial(_resnet_small, (8, 16), (1, 1)),  # compiles in a second or two
+  "vit_test": partial(_vit, "test", patch=8),
+  "vit_s16": partial(_vit, "s", patch=16),
+  "vit_b32": partial(_vit, "b", patch=32),
+  "vit_b16": partial(_vit, "b", patch=16),
+  "vit_l16": partial(_vit, "l", patch=16),
+  "vit_l14": partial(_vit, "l", patch=14),
+  "vit_so400m14": partial(_vit, "so400m", patch=14),
+  "vit_h14": partial(_vit, "h", patch=14),
+  "vit_g14": partial(_vit, "g", patch=14),
+  "clip_vit_b32": partial(_clip_vit, "b", patch=32, **_CLIP),
+  "clip_vit_b16": partial(_clip_vit, "b", patch=16, **_CLIP),
+  "clip_vit_l14": partial(_clip_vit, "l", patch=14, **_CLIP),
+  "clip_vit_l14_336": partial(
+    _clip_vit, "l", patch=14, **_CLIP
+  ),  # the same, larger images
+  "clip_vit_h14": partial(_clip_vit, "h", patch=14, **_LAION),
+  "clip_vit_g14": partial(_clip_vit, "g", patch=14, **_LAION),
+  "clip_vit_bigg14": partial(_clip_vit, "bigg", patch=14, **_LAION),
+  "siglip_b16": partial(_siglip_vit, "b", patch=16),
+  "siglip_l16": partial(_siglip_vit, "l", patch=16),
+  "siglip_so400m14": partial(_siglip_vit, "so400m", patch=14),
+}
+
+TEXT = {
+  "text_test": partial(_text, "test", vocab=512),
+  "text_small": partial(_text, "small", vocab=512, pool="mean"),  # captions of a demo
+  "clip_rn50": partial(_clip_text, "text_b", **_CLIP),
+  "clip_rn101": partial(_clip_text, "text_b", **_CLIP),
+  "clip_rn50x4": partial(_clip_text, "text_rn50x4", **_CLIP),
+  "clip_rn50x16": partial(_clip_text, "text_l", **_CLIP),
+  "clip_rn50x64": partial(_clip_text, "text_rn50x64", **_CLIP),
+  "clip_vit_b32": partial(_clip_text, "text_b", **_CLIP),
+  "clip_vit_b16": partial(_clip_text, "text_b", **_CLIP),
+  "clip_vit_l14": partial(_clip_text, "text_l", **_CLIP),
+  "clip_vit_l14_336": partial(_clip_text, "text_l", **_CLIP),
+  "clip_vit_h14": partial(_clip_text, "text_h", **_LAION),
+  "clip_vit_g14": partial(_clip_text, "text_h", **_LAION),
+  "clip_vit_bigg14": partial(_clip_text, "text_bigg", **_LAION),
+  "siglip_b16": partial(_siglip_text, "b"),
+  "siglip_l16": partial(_siglip_text, "l"),
+  "siglip_so400m14": partial(_siglip_text, "so400m"),
 }
 
 
@@ -78,12 +185,35 @@ def image(name="resnet18", **kwargs) -> Network:
   (multiplies every layer), `stem` "imagenet" or "cifar", `zero_last_gamma` (True),
   `dtype` "float32" or "bfloat16" (of the computation only). `resnet_small` takes
   `widths` and `depths` of its stages instead of `width`, and `stem` "patch" too.
+  kwargs for the transformers: all fields of `vit.ViT` and of `transformer.Encoder`
+  (`width`, `depth`, `heads`, `hidden`, `patch`, `pool`, `scan`, `remat`, `dtype`, ...).
+  The towers of CLIP and SigLIP end before their linear map into the joint space.
 
-  Raises ValueError for an unknown name.
+  Raises ValueError for an unknown name, TypeError for an unknown argument.
   """
   if name not in IMAGE:
     raise ValueError(f"unknown image encoder {name!r}; there are {', '.join(IMAGE)}")
   return network(IMAGE[name](**kwargs))
+
+
+def text(name="clip_vit_b32", **kwargs) -> Network:
+  """A text encoder: int32 and bool `[N, L]` -> features `[N, d]` float32.
+
+      params, stats = network.init(rng, text, text_mask)
+      features, stats = network.apply(params, stats, text, text_mask, train=True)
+
+  Inputs are token ids and a mask that is True at real tokens, start and end included.
+  The L given to `init` is the longest that `apply` takes.
+
+  name: a key of `TEXT`: the text tower of the model of that name. kwargs: `vocab`, and
+  the other fields of `text.Text` and of `transformer.Encoder`. The linear map into the
+  joint space is not part of it.
+
+  Raises ValueError for an unknown name, TypeError for an unknown argument.
+  """
+  if name not in TEXT:
+    raise ValueError(f"unknown text encoder {name!r}; there are {', '.join(TEXT)}")
+  return network(TEXT[name](**kwargs))
 
 
 def projector(
