@@ -46,6 +46,8 @@ class Method(NamedTuple):
     key "features" is the encoder's output before any head.
   needs: the batch keys that `loss` reads, so that a missing one is an error before
     compilation.
+  locked: a regular expression on names of parameters that `loss` does not train: the
+    optimiser leaves them alone (no decay either) and has no state for them.
   """
 
   init: Callable[[jax.Array, Batch], tuple[Params, Extra]]
@@ -53,6 +55,7 @@ class Method(NamedTuple):
   post: Callable[[Params, Extra, jax.Array], tuple[Params, Extra]]
   embed: Callable[[Params, Extra, Batch], dict[str, jax.Array]]
   needs: tuple[str, ...] = ("image",)
+  locked: str = ""
 
 
 def keep(params: Params, extra: Extra, step: jax.Array) -> tuple[Params, Extra]:
@@ -106,4 +109,4 @@ def with_probe(method: Method, classes: int) -> Method:
     return method.embed(split(params)[1], extra, batch)
 
   needs = (*method.needs, "label")
-  return Method(init, loss, post, embed, needs)
+  return Method(init, loss, post, embed, needs, method.locked)

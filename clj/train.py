@@ -104,8 +104,9 @@ def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, op
       f"method {method['name']!r} needs {', '.join(missing)} in its batches; "
       f"{data['source']!r} gives {', '.join(batch)}"
     )
+  frozen = "|".join(filter(None, (made.locked, optim.get("frozen", ""))))
   tx, schedules = optimisers.make(
-    total_steps=total_steps, batch_size=batch_size, **optim
+    total_steps=total_steps, batch_size=batch_size, **optim | {"frozen": frozen}
   )
   views = jax.eval_shape(augment, jax.random.key(0), batch)
 
