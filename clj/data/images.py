@@ -119,18 +119,23 @@ def crop_chances(seed: int, position: int, views: int) -> np.ndarray:
   return uniform(seed, position, np.arange(views)[:, None], np.arange(22))
 
 
-def crop_centrally(picture: np.ndarray, size: int) -> np.ndarray:
-  """The usual picture for evaluation, uint8 [size, size, 3].
+def crop_centrally(picture: np.ndarray, size: int, crop: float = 0.875) -> np.ndarray:
+  """The picture for evaluation, uint8 [size, size, 3]; Pillow's antialiased bicubic.
 
-  The shorter side is resized to size / 0.875 (256 for 224; Pillow's bicubic filter,
-  antialiased) and the central square is cut out; a picture that has the size already
-  stays as it is.
+  The shorter side is resized to size / crop and the central square is cut out: crop is
+  0.875 in most recipes (256 for 224), 1 in CLIP's, the pixels being those of
+  torchvision's Resize and CenterCrop. With crop 0 the whole picture is squashed into
+  the square, as SigLIP does. A picture that has the size already stays as it is.
   """
   height, width, _ = picture.shape
   if (height, width) == (size, size):
     return picture
-  factor = size / 0.875 / min(height, width)
-  height, width = max(size, round(height * factor)), max(size, round(width * factor))
+  if crop:
+    # torchvision rounds the longer side down, and the margins to even numbers.
+    target, shorter = round(size / crop), min(height, width)
+    height, width = (int(target * side / shorter) for side in (height, width))
+  else:
+    height = width = size
   resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
-  top, left = (height - size) // 2, (width - size) // 2
+  top, left = round((height - size) / 2), round((width - size) / 2)
   return np.asarray(resized)[top : top + size, left : left + size]
