@@ -336,8 +336,9 @@ def make(
   """Builds `augment(rng, batch) -> batch`, the augmentation inside the train step.
 
   `batch["image"]` goes from uint8 `[B, V, H, W, 3]` to float32 `[B, views, size, size,
-  3]` in [0, 1]. With V = 1 < `views` each view is a random resized crop of the one
-  picture; with V = `views` the host has cropped already (to `size`), and only the rest
+  3]` in [0, 1]. With V = 1 < `views`, or where V = 1 picture has not the size of the
+  view, each view is a random resized crop of the one picture; with V = `views` pictures
+  of `size` the host has cropped already, or there is nothing to crop, and only the rest
   is done here: flip, colour jitter, grayscale, blur, solarize, in this order. Nothing
   else in the batch is touched but `crops`.
 
@@ -433,13 +434,12 @@ def _views(
       return uniforms[..., place] * (high - low) + low
 
     mirrored = happens(FLIP, flip)
-    if given == 1 and views > 1:
-      height, width = images.shape[2:4]
+    height, width = images.shape[2:4]
+    if given == 1 and (views > 1 or (height, width) != (size, size)):
       boxes = crop_boxes(uniforms[..., CROP], height, width, crop_scale, crop_ratio)
       x = crop_resize(_to_float(images[:, 0]), boxes, mirrored, size)
     else:
-      if images.shape[2:4] != (size, size):
-        height, width = images.shape[2:4]
+      if (height, width) != (size, size):
         raise ValueError(
           f"crops of {height}x{width} pixels from the host, but size={size}"
         )
