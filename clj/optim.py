@@ -21,7 +21,7 @@ import optax
 
 Schedule = Callable[[Any], jax.Array]
 
-NORM_AND_BIAS = r"(^|/)(bias|scale|gamma)$"
+NORM_AND_BIAS = r"(^|/)(bias|scale|gamma|log_scale)$"
 
 # The online probe must not depend on the recipe under test, nor change it: plain SGD of
 # its own, neither decayed nor adapted nor in the norm that clips the gradient.
