@@ -36,6 +36,14 @@ def _pad(x, rows, fill):
   return jnp.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
 
 
+def fetch(x: jax.Array) -> np.ndarray:
+  """All rows of an array that is split over the mesh of the context, on every host."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  everywhere = NamedSharding(context_mesh(), PartitionSpec())
+  return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(x))
+
+
 def check_rows(name: str, features, labels):
   """Refuses features and labels that do not belong together."""
   if features.ndim != 2 or labels.shape != features.shape[:1]:

@@ -1,0 +1,170 @@
+"""Retrieval between images and texts, both ways, on normalised embeddings.
+
+The protocol of CLIP_benchmark and of the published tables: a query is answered where
+any of its true matches is among the k most similar candidates (not which share of them
+is).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from clj.evals.rows import check_rows, context_mesh, normalize, shard_rows
+
+# As for kNN: queries at a time (over all devices), rows of the bank at a time.
+QUERIES = 256
+BLOCK = 1024
+
+
+def retrieval(
+  image, text, image_ids, text_ids, *, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+  """Recall at k and the median rank, image to text and text to image.
+
+  The candidates lie split over the mesh of the context (`jax.set_mesh`; one device
+  without); each device compares at most 256 queries with its own at a time. The result
+  is the same on any number of devices.
+
+  Args:
+    image, text: `[N, d]` and `[M, d]`, NumPy or JAX, not normalised.
+    image_ids, text_ids: int `[N]` and `[M]`; an image and a text belong together where
+      their ids are equal, so an image may have several texts and the other way round.
+      Rows of id -1 are left out.
+    ks: how many candidates count as found.
+
+  Returns:
+    By "image_to_text/" and "text_to_image/": "recall@K", the share of the queries that
+    have a match among the K most similar; "median_rank" of the best match, from 1; and
+    "chance@K", the expected recall of a random order. Candidates as similar as the best
+    match come before it half the time (so equal embeddings gain nothing).
+
+  Raises:
+    ValueError: shapes that do not fit, or no row with an id.
+  """
+  check_rows("image", image, image_ids)
+  check_rows("text", text, text_ids)
+  if image.shape[1] != text.shape[1]:
+    raise ValueError(
+      f"embeddings of images {image.shape} and of texts {text.shape}: both must have "
+      "one width"
+    )
+  if not ks or min(ks) < 1:
+    raise ValueError(f"ks={ks}: recall is at 1 or more candidates")
+  found = {}
+  for name, query, bank in (
+    ("image_to_text", (image, image_ids), (text, text_ids)),
+    ("text_to_image", (text, text_ids), (image, image_ids)),
+  ):
+    ranks, matches, candidates = _search(query, bank)
+    if not len(ranks) or not candidates:
+      raise ValueError(f"{name}: {len(ranks)} queries and {candidates} candidates")
+    for k in ks:
+      found[f"{name}/recall@{k}"] = float(np.mean(ranks <= k))
+      found[f"{name}/chance@{k}"] = float(np.mean(_chance(matches, candidates, k)))
+    found[f"{name}/median_rank"] = float(np.median(ranks))
+  return found
+
+
+def match_captions(image_index, index, tokens) -> tuple[np.ndarray, np.ndarray]:
+  """Ids for `retrieval`, from the records that images and captions belong to.
+
+  An image belongs to the captions of its record. Where each record has a single
+  caption, records whose captions are equal belong together.
+
+  Args:
+    image_index: int `[N]`, the record of each image; -1 where there is none.
+    index: int `[M]`, the record of each caption, or -1.
+    tokens: int `[M, L]`, of each caption; equal where it is.
+
+  Returns int32 `[N]` and `[M]`. Captions whose image is missing have id -1, as have
+  images without a caption.
+  """
+  index = np.where(np.isin(index, image_index), index, -1)
+  there = index >= 0
+  ids = index
+  if there.any() and np.bincount(index[there]).max() == 1:
+    _, same = np.unique(tokens, axis=0, return_inverse=True)
+    ids = np.where(there, same.reshape(-1), -1)
+  of_record = np.full(max(index.max(), image_index.max()) + 1, -1, np.int32)
+  of_record[index[there]] = ids[there]
+  image_ids = np.where(image_index >= 0, of_record[image_index], -1)
+  return image_ids.astype(np.int32), ids.astype(np.int32)
+
+
+def _chance(matches: np.ndarray, candidates: int, k: int) -> np.ndarray:
+  """That one of the matches is among k candidates drawn without replacement."""
+  drawn = np.arange(min(k, candidates))
+  others = np.maximum(candidates - matches[:, None] - drawn, 0)
+  return 1 - np.prod(others / (candidates - drawn), axis=1)
+
+
+def _search(query, bank):
+  """Ranks and numbers of matches of the queries that have an id; candidates."""
+  mesh = context_mesh()
+  queries = max(1, QUERIES // mesh.size)
+  ranks, matches, ids, candidates = jax.device_get(
+    _ranks(mesh, queries)(
+      shard_rows(query[0], mesh, queries),
+      shard_rows(query[1], mesh, queries, -1),
+      shard_rows(bank[0], mesh, 1),
+      shard_rows(bank[1], mesh, 1, -1),
+    )
+  )
+  valid = ids >= 0
+  return ranks[valid], matches[valid], int(candidates)
+
+
+@functools.lru_cache(maxsize=8)
+def _ranks(mesh: Mesh, queries: int):
+  """The jitted search; `queries` at a time from each device."""
+  axes = mesh.axis_names
+
+  def shard(query_md, query_id_m, bank_nd, bank_id_n):
+    """All arrays are this device's rows."""
+    pad = -len(bank_nd) % BLOCK
+    bank_nd = jnp.pad(normalize(bank_nd), ((0, pad), (0, 0)))
+    bank_id_n = jnp.pad(bank_id_n, (0, pad), constant_values=-1)
+    blocks = bank_nd.reshape(-1, BLOCK, bank_nd.shape[1])
+    real_n = bank_id_n >= 0
+
+    def chunk(inputs):
+      query_qd, id_q = inputs
+      query_Qd = jax.lax.all_gather(normalize(query_qd), axes, tiled=True)
+      id_Q = jax.lax.all_gather(id_q, axes, tiled=True)
+      sim_bQn = jax.lax.map(
+        lambda block: jnp.matmul(
+          query_Qd, block.T, precision=jax.lax.Precision.HIGHEST
+        ),
+        blocks,
+      )
+      sim_Qn = jnp.moveaxis(sim_bQn, 0, 1).reshape(len(query_Qd), -1)
+      match_Qn = (id_Q[:, None] == bank_id_n[None]) & real_n[None]
+      other_Qn = ~match_Qn & real_n[None]
+      best_Q = jax.lax.pmax(jnp.where(match_Qn, sim_Qn, -jnp.inf).max(1), axes)
+
+      def count(mask_Qn):
+        return jax.lax.psum(mask_Qn.sum(1, dtype=jnp.int32), axes)
+
+      above_Q = count(other_Qn & (sim_Qn > best_Q[:, None]))
+      equal_Q = count(other_Qn & (sim_Qn == best_Q[:, None]))
+      return 1 + above_Q + equal_Q / 2, count(match_Qn), id_Q
+
+    ranks, matches, ids = jax.lax.map(
+      chunk,
+      (
+        query_md.reshape(-1, queries, query_md.shape[1]),
+        query_id_m.reshape(-1, queries),
+      ),
+    )
+    candidates = jax.lax.psum(real_n.sum(), axes)
+    return ranks.reshape(-1), matches.reshape(-1), ids.reshape(-1), candidates
+
+  rows, all_of_it = PartitionSpec(axes), PartitionSpec()
+  return jax.jit(
+    jax.shard_map(
+      shard, mesh=mesh, in_specs=(rows,) * 4, out_specs=all_of_it, check_vma=False
+    )
+  )

@@ -1,0 +1,165 @@
+"""Zero-shot classification and retrieval against slow twins, on 1 and 8 devices."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from clj.evals import zeroshot
+from clj.evals.retrieval import retrieval
+
+
+def mesh(data, fsdp=1):
+  devices = jax.devices()[: data * fsdp]
+  axis_types = (AxisType.Auto, AxisType.Auto)
+  return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=devices)
+
+
+MESHES = ((1, 1), (8, 1), (2, 4))
+
+
+def unit(x):
+  return x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+
+
+def pairs(images, texts, noise=1.5, seed=0, fill=7):
+  """Images, several texts for some of them, and rows that belong to nothing."""
+  rng = np.random.default_rng(seed)
+  image = rng.normal(size=(images, 12))
+  text_ids = np.concatenate(
+    [np.arange(images), rng.integers(0, images, texts - images)]
+  )
+  text = image[text_ids] + noise * rng.normal(size=(texts, 12))
+  image_ids = np.arange(images)
+  for ids in (image_ids, text_ids):
+    ids[rng.permutation(len(ids))[:fill]] = -1
+  as_int = lambda ids: ids.astype(np.int32)
+  return (
+    image.astype(np.float32),
+    text.astype(np.float32),
+    *map(as_int, (image_ids, text_ids)),
+  )
+
+
+def slow_ranks(query, bank, query_ids, bank_ids):
+  query, bank = query[query_ids >= 0], bank[bank_ids >= 0]
+  query_ids, bank_ids = query_ids[query_ids >= 0], bank_ids[bank_ids >= 0]
+  ranks, matches = [], []
+  for row, i in zip(unit(query) @ unit(bank).T, query_ids, strict=True):
+    match = bank_ids == i
+    matches.append(match.sum())
+    order = np.argsort(-row, kind="stable")
+    found = np.flatnonzero(match[order])
+    ranks.append(1 + found[0] if len(found) else len(bank) + 1)
+  return np.array(ranks), np.array(matches), len(bank)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_retrieval_is_its_slow_twin_on_any_mesh(shape):
+  image, text, image_ids, text_ids = pairs(501, 1103)
+  with jax.set_mesh(mesh(*shape)):
+    found = retrieval(image, text, image_ids, text_ids, ks=(1, 5, 10))
+  for name, arguments in (
+    ("image_to_text", (image, text, image_ids, text_ids)),
+    ("text_to_image", (text, image, text_ids, image_ids)),
+  ):
+    ranks, _, _ = slow_ranks(*arguments)
+    assert found[f"{name}/median_rank"] == np.median(ranks)
+    for k in (1, 5, 10):
+      assert found[f"{name}/recall@{k}"] == pytest.approx((ranks <= k).mean(), abs=1e-6)
+    assert 0.05 < found[f"{name}/recall@1"] < found[f"{name}/recall@10"] < 0.95
+
+
+def test_chance_is_the_share_over_all_orders():
+  """Seven candidates, of which a query has 1, 2 or no match: all 5,040 orders."""
+  image = np.eye(3, 8, dtype=np.float32)
+  text = np.eye(7, 8, dtype=np.float32)
+  image_ids, text_ids = np.array([0, 1, 5]), np.array([0, 1, 1, 2, 2, 3, 4])
+  found = retrieval(image, text, image_ids, text_ids, ks=(1, 3))
+  for k in (1, 3):
+    hits = [
+      [(text_ids[list(order[:k])] == i).any() for i in image_ids]
+      for order in itertools.permutations(range(7))
+    ]
+    assert found[f"image_to_text/chance@{k}"] == pytest.approx(np.mean(hits), abs=1e-6)
+
+
+def test_equal_embeddings_gain_nothing():
+  ones, ids = np.ones((40, 4), np.float32), np.arange(40)
+  found = retrieval(ones, ones, ids, ids)
+  assert found["image_to_text/recall@10"] == 0
+  assert found["text_to_image/median_rank"] == 1 + 39 / 2
+  # Equal captions are matches, not rivals.
+  found = retrieval(ones, ones, ids // 20, ids // 20)
+  assert found["image_to_text/recall@1"] == 0
+
+
+def test_retrieval_refuses_what_does_not_fit():
+  x, ids = np.ones((4, 3), np.float32), np.arange(4)
+  with pytest.raises(ValueError, match="must have one width"):
+    retrieval(x, x[:, :2], ids, ids)
+  with pytest.raises(ValueError, match="image_to_text: 0 queries"):
+    retrieval(x, x, ids * 0 - 1, ids)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_zeroshot_is_its_slow_twin_on_any_mesh(shape):
+  rng = np.random.default_rng(1)
+  classes = rng.normal(size=(9, 6)).astype(np.float32)
+  labels = rng.choice(9, 603, p=np.arange(1, 10) / 45).astype(np.int32)
+  image = (classes[labels] + 2 * rng.normal(size=(603, 6))).astype(np.float32)
+  labels[::10] = -1
+  with jax.set_mesh(mesh(*shape)):
+    found = zeroshot.zeroshot(image, labels, classes)
+  order = np.argsort(-unit(image) @ unit(classes).T, axis=1, kind="stable")
+  right = (order == labels[:, None])[labels >= 0]
+  assert 0.2 < right[:, 0].mean() < 0.8
+  assert found["top1"] == pytest.approx(right[:, 0].mean(), abs=1e-6)
+  assert found["top5"] == pytest.approx(right[:, :5].sum(1).mean(), abs=1e-6)
+  counts = np.bincount(labels[labels >= 0])
+  assert found["most_frequent"] == pytest.approx(counts.max() / counts.sum(), abs=1e-6)
+  assert found["chance"] == 1 / 9
+  with pytest.raises(ValueError, match="label beyond the 5 classes"):
+    zeroshot.zeroshot(image, labels, classes[:5])
+
+
+def test_classifier_averages_normalised_prompts():
+  said = []
+
+  def embed_text(texts):
+    said.extend(texts)
+    rng = np.random.default_rng(len(said))
+    return 10 * rng.normal(size=(len(texts), 4))
+
+  names, templates = ("red star", "dots"), ("a {}.", "{} or {}", "the {}")
+  classifier = zeroshot.make_classifier(embed_text, names, templates)
+  assert said[:4] == ["a red star.", "a dots.", "red star or red star", "dots or dots"]
+  parts = unit(np.random.default_rng(6).normal(size=(6, 4))).reshape(3, 2, 4)
+  np.testing.assert_allclose(classifier, unit(parts.sum(0) / 3), rtol=1e-6)
+
+
+def test_names_and_templates_are_read_from_files(tmp_path):
+  (tmp_path / "names").write_text("tench\n\ngreat white shark\n")
+  (tmp_path / "templates").write_text("a photo of a {}.\nmany {}.\n")
+  (tmp_path / "wrong").write_text("a photo\n")
+  wordnet = ("n01440764", "n01484850")
+  read = lambda names, file="": zeroshot.read_class_names(
+    names, file and str(tmp_path / file), "imagenet2012"
+  )
+  assert read(wordnet, "names") == ("tench", "great white shark")
+  assert read(("hot_dog", "n01440764")) == ("hot dog", "n01440764")
+  with pytest.raises(ValueError, match=r"WordNet ids \(n01440764.*classnames") as error:
+    read(wordnet)
+  assert "\n" not in str(error.value)
+  with pytest.raises(ValueError, match="has 2 names, but imagenet2012 3 classes"):
+    read((*wordnet, "n01491361"), "names")
+  with pytest.raises(ValueError, match="no such file"):
+    read(wordnet, "nothing")
+  templates = zeroshot.read_templates(str(tmp_path / "templates"))
+  assert templates == ("a photo of a {}.", "many {}.")
+  assert zeroshot.read_templates("") == zeroshot.TEMPLATES
+  assert zeroshot.read_templates(["{}"]) == ("{}",)
+  with pytest.raises(ValueError, match="'a photo': a template has {}"):
+    zeroshot.read_templates(str(tmp_path / "wrong"))
