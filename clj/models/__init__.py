@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from clj.models.clip_resnet import CLIPResNet
 from clj.models.heads import MLP, Linear
 from clj.models.resnet import ResNet
 from clj.models.text import Text
@@ -134,6 +135,11 @@ IMAGE = {
   "resnet200": partial(_resnet, (3, 24, 36, 3), True),
   "resnet_small": _resnet_small,  # minutes on a CPU: CIFAR and the demo
   "resnet_test": partial(_resnet_small, (8, 16), (1, 1)),  # compiles in a second or two
+  "clip_rn50": partial(CLIPResNet, 64, (3, 4, 6, 3), 1024),
+  "clip_rn101": partial(CLIPResNet, 64, (3, 4, 23, 3), 512),
+  "clip_rn50x4": partial(CLIPResNet, 80, (4, 6, 10, 6), 640),
+  "clip_rn50x16": partial(CLIPResNet, 96, (6, 8, 18, 8), 768),
+  "clip_rn50x64": partial(CLIPResNet, 128, (3, 15, 36, 10), 1024),
   "vit_test": partial(_vit, "test", patch=8),
   "vit_s16": partial(_vit, "s", patch=16),
   "vit_b32": partial(_vit, "b", patch=32),

@@ -78,7 +78,7 @@ def keep_shape(module, name, init, *shape):
 
 
 class Attention(nn.Module):
-  """Multi-head attention: `[N, T, D]` looks at `[N, S, D]` -> `[N, T, D]`.
+  """Multi-head attention: `[N, T, D]` looks at `[N, S, D]` -> `[N, T, outputs]`.
 
   mask: bool, `[1 or N, 1, 1 or T, S]`, True where a token may be looked at.
   """
@@ -86,6 +86,7 @@ class Attention(nn.Module):
   heads: int
   inits: Init
   dtype: str
+  outputs: int | None = None  # D by default
 
   @nn.compact
   def __call__(self, x, context, mask=None):
@@ -105,7 +106,9 @@ class Attention(nn.Module):
       scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = nn.softmax(scores).astype(self.dtype)
     x = jnp.einsum("nhts,nshd->nthd", weights, v).reshape(x.shape)
-    return nn.Dense(width, kernel_init=self.inits.out, dtype=self.dtype, name="out")(x)
+    return nn.Dense(
+      self.outputs or width, kernel_init=self.inits.out, dtype=self.dtype, name="out"
+    )(x)
 
 
 class MLP(nn.Module):
