@@ -11,7 +11,7 @@ from PIL import Image
 from clj.data import images, sources
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "open_clip_preprocess.npz"
-# name in the fixture: size, crop. What open_clip calls resize_mode "shortest", "squash".
+# In the fixture: size, crop. What open_clip calls resize_mode "shortest", "squash".
 MODES = {"crop": (224, 1.0), "squash": (224, 0.0), "small": (64, 1.0)}
 
 
