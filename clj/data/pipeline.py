@@ -15,8 +15,8 @@ import grain
 import numpy as np
 
 from clj.data import images
-from clj.data.order import order
-from clj.data.sources import Source
+from clj.data.order import mix, order
+from clj.data.sources import Source, decode
 
 # Positions whose records are looked up in one call: enough to pay NumPy's overhead.
 _LOOKAHEAD = 8192
@@ -56,7 +56,9 @@ def batches(
     An iterator with `close()`, over dicts of the source's keys with b rows: `index`
     int32 [b], `label` int32 [b] (-1: none), and `image` uint8, the whole stored picture
     [b, 1, H, W, 3] where the source is held in memory (it is cropped on the
-    accelerator), else crops [b, views, size, size, 3].
+    accelerator), else crops [b, views, size, size, 3]. Of a source that is tokenized
+    also `text` int32 [b, L] and `text_mask` bool [b, L], True at real tokens; where a
+    record has several captions, one is drawn.
 
   Raises:
     ValueError: `rows` outside the batch.
@@ -76,6 +78,7 @@ def batches(
     lambda number: (step + number) * batch_size + np.arange(first, stop),
     lambda positions: order(seed, positions, len(source)),
     picture_of,
+    lambda position, count: int(_draw(seed, position, count)),
     (views, size, size, 3),
     threads=threads,
   )
@@ -101,7 +104,8 @@ def eval_batches(
   Returns:
     An iterator with `close()`, as `batches`, with `image` uint8 [b, 1, size, size, 3].
     All batches have the same shape on every host: the last one is filled up with rows
-    whose `index` and `label` are -1. A corrupt record is such a row too.
+    whose `index` and `label` are -1. A corrupt record is such a row too. `text` is the
+    first caption; see `caption_batches` for all.
   """
   first, stop = _rows(rows, batch_size)
 
@@ -114,11 +118,51 @@ def eval_batches(
     positions,
     lambda positions: positions,
     lambda position, picture: images.crop_centrally(picture, size)[None],
+    lambda position, count: 0,
     (1, size, size, 3),
     count=-(-len(source) // batch_size),
     replace=False,
     threads=threads,
   )
+
+
+def caption_batches(
+  source: Source, *, batch_size: int, rows: tuple[int, int] | None = None
+) -> Iterator[Batch]:
+  """Every caption of every record once, for evaluation.
+
+  Returns:
+    An iterator over dicts of `text` int32 [b, L], `text_mask` bool [b, L] and `index`
+    int32 [b], the record that the caption belongs to; -1 in rows that fill up the last
+    batch.
+  """
+  first, stop = _rows(rows, batch_size)
+  if source.text is not None:
+    ids, mask, _ = source.text
+    index = np.repeat(source.arrays["index"], np.diff(source.text.first))
+    # What stands in for a corrupt record has its captions already.
+    own = np.repeat(np.arange(len(source)), np.diff(source.text.first)) == index
+    ids, mask, index = ids[own], mask[own], index[own]
+  else:
+    captions, index = [], []
+    for block in np.array_split(np.arange(len(source)), -(-len(source) // 256)):
+      for i, record in zip(block, source.read(block)):
+        said = [] if isinstance(record, Exception) else record["caption"]
+        captions += said
+        index += [i] * len(said)
+    ids, mask, _ = source.tokenizer.encode(captions)
+    index = np.array(index, np.int32)
+  for start in range(0, len(index), batch_size):
+    mine = slice(start + first, start + stop)
+    fill = stop - first - len(index[mine])
+    pad = lambda array, value, f=fill: np.pad(
+      array, [(0, f)] + [(0, 0)] * (array.ndim - 1), constant_values=value
+    )
+    yield {
+      "text": pad(ids[mine], source.tokenizer.pad_id),
+      "text_mask": pad(mask[mine], False),
+      "index": pad(index[mine], -1),
+    }
 
 
 def _rows(rows, batch_size):
@@ -128,16 +172,26 @@ def _rows(rows, batch_size):
   return first, stop
 
 
+def _draw(seed, positions, counts):
+  """Which of `counts` captions a record gives at a position of the stream."""
+  return (mix(seed, positions, -1) % np.asarray(counts, np.uint64)).astype(np.int64)
+
+
 def _gather(source, seed, batch_size, step, first, stop):
   """Batches of a source in memory: one look-up for many batches, one gather each."""
   together = max(1, _LOOKAHEAD // (stop - first))
   while True:
     steps = np.arange(step, step + together, dtype=np.int64)
     positions = steps[:, None] * batch_size + np.arange(first, stop)
-    for records in order(seed, positions, len(source)):
-      batch = {key: source.arrays[key].take(records, axis=0) for key in source.keys}
+    for where, records in zip(positions, order(seed, positions, len(source))):
+      batch = {key: array.take(records, axis=0) for key, array in source.arrays.items()}
       batch["image"] = batch["image"][:, None]
-      yield batch
+      if source.text is not None:
+        row, end = source.text.first[records], source.text.first[records + 1]
+        row += _draw(seed, where, end - row)
+        batch["text"] = source.text.ids.take(row, axis=0)
+        batch["text_mask"] = source.text.mask.take(row, axis=0)
+      yield {key: batch[key] for key in source.keys}
     step += together
 
 
@@ -146,6 +200,7 @@ def _stream(
   positions: Callable,
   record_of: Callable,
   picture_of: Callable,
+  caption_of: Callable,
   shape: tuple[int, ...],
   *,
   count: int | None = None,
@@ -158,6 +213,7 @@ def _stream(
     positions: number of the batch -> positions [b]; -1 is an empty row.
     record_of: positions -> records.
     picture_of: (position, decoded picture) -> picture of `shape`.
+    caption_of: (position, number of captions) -> which of them.
     count: number of batches; None: no end.
     replace: the next good record stands in for a corrupt one; else its row is empty.
   """
@@ -171,11 +227,26 @@ def _stream(
     filled = np.flatnonzero(where >= 0)
     batch = _empty(source, len(where), shape)
     records = record_of(where[filled])
-    for row, (index, label, picture) in zip(filled, _fetch(source, records, replace)):
-      if picture is not None:
-        batch["index"][row] = index
-        batch["label"][row] = label
-        batch["image"][row] = picture_of(int(where[row]), picture)
+    said = []  # (row, caption)
+    for row, (index, record) in zip(filled, _fetch(source, records, replace)):
+      if record is None:
+        continue
+      position = int(where[row])
+      batch["index"][row] = index
+      batch["label"][row] = record["label"]
+      batch["image"][row] = picture_of(position, record["image"])
+      if source.text is not None:
+        start, end = source.text.first[index : index + 2]
+        caption = start + caption_of(position, end - start)
+        batch["text"][row] = source.text.ids[caption]
+        batch["text_mask"][row] = source.text.mask[caption]
+      elif source.tokenizer is not None:
+        captions = record["caption"]
+        said.append((row, captions[caption_of(position, len(captions))]))
+    if said:
+      rows, captions = zip(*said)
+      ids, mask, _ = source.tokenizer.encode(captions)
+      batch["text"][list(rows)], batch["text_mask"][list(rows)] = ids, mask
     return batch
 
   # Threads: OpenCV, Pillow and the readers release the GIL, and worker processes would
@@ -197,38 +268,40 @@ def _stream(
 
 
 def _empty(source, rows, shape):
-  return {
+  batch = {
     "index": np.full(rows, -1, np.int32),
     "image": np.zeros((rows, *shape), np.uint8),
     "label": np.full(rows, -1, np.int32),
   }
+  if source.tokenizer is not None:
+    text = (rows, source.tokenizer.length)
+    batch["text"] = np.full(text, source.tokenizer.pad_id, np.int32)
+    batch["text_mask"] = np.zeros(text, bool)
+  return batch
 
 
 def _fetch(source, records, replace):
-  """Yields (index, label, decoded picture) of each record; None for a corrupt one."""
+  """Yields (index, record with its picture decoded) of each; None for a corrupt one."""
   if source.arrays is not None:
     arrays = source.arrays
-    for record in records:
+    for index in records:
       # A stand-in for a corrupt record has an index of its own.
-      good = replace or arrays["index"][record] == record
-      label = arrays["label"][record] if "label" in arrays else -1
-      yield record, label, arrays["image"][record] if good else None
+      good = replace or arrays["index"][index] == index
+      label = arrays["label"][index] if "label" in arrays else -1
+      yield index, {"image": arrays["image"][index], "label": label} if good else None
     return
   for index, record in zip(records.tolist(), source.read(records)):
-    picture = _decode(source, index, record)
-    while picture is None and replace:
+    record = _decoded(source, index, record)
+    while record is None and replace:
       index = (index + 1) % len(source)
-      record = source.read([index])[0]
-      picture = _decode(source, index, record)
-    yield index, -1 if picture is None else record["label"], picture
+      record = _decoded(source, index, source.read([index])[0])
+    yield index, record
 
 
-def _decode(source, index, record):
-  """The picture of a record as it was read; None, and counted, where it is corrupt."""
+def _decoded(source, index, record):
+  """A record as it was read, its picture decoded; None, and counted, if corrupt."""
   try:
-    if isinstance(record, Exception):
-      raise record
-    return images.decode(record["image"])
+    return record | {"image": decode(source, record)}
   except Exception as error:
     source.report_bad(index, error)
   return None

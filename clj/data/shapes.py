@@ -8,6 +8,9 @@ convolutional network does so almost perfectly: what a representation gains is v
 within minutes. No label changes under a flip, a rotation or another colour.
 
 There is no texture on purpose: it would tell pictures apart without their shape.
+
+`compositions` is the same for pictures with text: a class is a shape in a colour, and
+one composition in eight is never seen in training, though its shape and its colour are.
 """
 
 import numpy as np
@@ -35,6 +38,10 @@ COLORS = {
   "pink": (0.80, 0.64, 0.71),
 }
 SIZES = {"train": 4500, "test": 1800}
+# One colour of every shape; every colour of some shape.
+UNSEEN = tuple((3 * shape + 1) % len(COLORS) for shape in range(len(SHAPES)))
+COMPOSITION_SIZES = {"train": 9000, "test": 1800, "seen": 1800}
+COMPOSITIONS = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
 _SIDE = 32
 # Half the side of a square of the same area, in parts of the picture's side.
 _EXTENT = (0.18, 0.28)
@@ -62,6 +69,54 @@ def shapes(split: str, *, seed: int = 0, count: int | None = None) -> dict:
   rng = np.random.default_rng([seed, list(SIZES).index(split)])
   label = rng.permutation(count).astype(np.int32) % len(SHAPES)
   color = rng.integers(len(COLORS), size=count, dtype=np.int32)
+  return _draw(rng, label, color)
+
+
+def compositions(split: str, *, seed: int = 0, count: int | None = None) -> dict:
+  """Draws a split of the compositions of a shape and a colour.
+
+  Args:
+    split: "train", pictures of seven compositions in eight; "test", pictures of the
+      others, `UNSEEN`, alone; "seen", more pictures of those in training.
+    seed: another seed is another data set of the same kind.
+    count: number of pictures; None: 9000, 1800 or 1800.
+
+  Returns:
+    As `shapes`, but label is an index of COMPOSITIONS and caption a list of lists of
+    strings: in "train" the same said in four ways, the others as in `shapes`.
+
+  Raises:
+    KeyError: another split.
+  """
+  count = COMPOSITION_SIZES[split] if count is None else count
+  rng = np.random.default_rng([seed, len(SIZES), list(COMPOSITION_SIZES).index(split)])
+  unseen = np.arange(len(SHAPES)) * len(COLORS) + UNSEEN
+  seen = np.setdiff1d(np.arange(len(COMPOSITIONS)), unseen)
+  kinds = unseen if split == "test" else seen
+  label = kinds[rng.permutation(count) % len(kinds)].astype(np.int32)
+  shape, color = np.divmod(label, np.int32(len(COLORS)))
+  drawn = _draw(rng, shape, color)
+  captions = [[caption] for caption in drawn["caption"].tolist()]
+  if split == "train":
+    captions = [[c, *_in_other_words(c)] for (c,) in captions]
+  return drawn | {"label": label, "caption": captions}
+
+
+def _in_other_words(caption):
+  """ "a small red star at the upper left" -> the same in three other ways."""
+  what, place = caption.split(" at the ")
+  article = "a " if what.startswith("a ") else ""
+  size, color, shape = what.removeprefix("a ").split()
+  return (
+    f"{article}{color} {shape}",
+    f"a picture of {article}{color} {shape}, {size}, {place}",
+    f"at the {place} {article}{size} {shape} in {color}",
+  )
+
+
+def _draw(rng, label, color):
+  """Pictures of shapes `label` [N] in colours `color` [N]."""
+  count = len(label)
   extent = rng.uniform(*_EXTENT, count).astype(np.float32)
   angle = rng.uniform(0, 2 * np.pi, count).astype(np.float32)
   # A shape reaches 1.1 to 2 extents from its centre: some leave the picture a little,

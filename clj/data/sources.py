@@ -11,14 +11,24 @@ import threading
 import types
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from clj.data import images
-from clj.data.shapes import SHAPES, SIZES, shapes
+from clj.data.order import order
+from clj.data.shapes import (
+  COMPOSITION_SIZES,
+  COMPOSITIONS,
+  SHAPES,
+  SIZES,
+  compositions,
+  shapes,
+)
+from clj.data.text import Tokenizer
 
 IMAGE_SUFFIXES = (
   ".jpg",
@@ -41,6 +51,17 @@ class DataError(ValueError):
   """What only the user can mend; the message is one line with the way out."""
 
 
+class Text(NamedTuple):
+  """Captions of a source in memory; record i has rows first[i] to first[i + 1].
+
+  ids: int32 [M, L]. mask: bool [M, L]. first: int64 [N + 1].
+  """
+
+  ids: np.ndarray
+  mask: np.ndarray
+  first: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
   """Records 0 to `len(source) - 1`.
@@ -48,15 +69,23 @@ class Source:
   Attributes:
     name: what `open_source` was asked for, with the split.
     size: number of records.
-    keys: batch keys that it gives: "index", "image", and "label" where there are any.
+    keys: batch keys that it gives: "index", "image", "label" where there are any, and
+      "text" with "text_mask" once it is `tokenized`.
     class_names: a name for each label, or None.
     arrays: the records as arrays with a leading axis of `size`, `image` uint8
       [N, H, W, 3] and `label` int32 [N] among them; None for a source that is read
       record by record. Only what `keys` names goes into batches.
     read: `indices -> list of {"image": bytes, "label": int}`, the pictures encoded; a
       record that cannot be read comes as the exception. None where there are arrays.
+      With `captioned`, "caption" is a list of strings.
     files: path of each record, where each is a file of its own; else None.
     bad: the corrupt records met so far, index -> reason.
+    captioned: whether it was opened with captions.
+    captions: those of each record, a list of strings; None where there are no arrays.
+    tokenizer: what makes them ids, in a source that is `tokenized`.
+    text: the ids, where there are arrays.
+    truncated: share of the captions that the tokenizer cuts; of a sample where they
+      are streamed.
   """
 
   name: str
@@ -67,6 +96,11 @@ class Source:
   read: Callable[[Sequence[int]], list] | None = None
   files: tuple[str, ...] | None = None
   bad: dict[int, str] = dataclasses.field(default_factory=dict)
+  captioned: bool = False
+  captions: Sequence[list[str]] | None = None
+  tokenizer: Tokenizer | None = None
+  text: Text | None = None
+  truncated: float = 0.0
   _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
   def __len__(self):
@@ -109,12 +143,17 @@ def open_source(
   data_dir: str | None = None,
   *,
   memory_limit: int = 2 << 30,
+  memory_size: int = 0,
+  caption: str | None = None,
+  fields: dict[str, str] | None = None,
+  class_names: Sequence[str] | None = None,
 ) -> Source:
   """Opens a data set.
 
   Args:
-    name: "shapes" (embedded); "folder:/path", any tree of images; or a TFDS name, with
-      a config and a version if need be ("cifar10", "my_set/config:1.0.0").
+    name: "shapes" or "shapes/compositions" (embedded); "folder:/path", any tree of
+      images; or a TFDS name, with a config and a version if need be ("cifar10",
+      "my_set/config:1.0.0").
     split: a name or TFDS's syntax for parts of it, "train[:90%]", "train+test".
       A folder whose sub-folders are called train and test (or validation, val, valid)
       has these splits, "test" standing for whichever of the latter there is; any other
@@ -123,16 +162,97 @@ def open_source(
     data_dir: where TFDS data lies prepared; None: TFDS_DATA_DIR, then TFDS's default.
     memory_limit: TFDS pictures of one fixed size that decode to at most this many
       bytes are decoded now and held; 0: never.
+    memory_size: pictures of any size are decoded now and held as squares of this side
+      (`images.fit`), in pixels; 0: as they are.
+    caption: the field that holds captions, a string or several; None: no captions.
+    fields: names of the fields "image" and "label", where they are called otherwise.
+      A label that is a string is numbered by the strings of this split, sorted.
+    class_names: numbers it by these: those of the training split.
 
   Raises:
     DataError: there is no such data set or split, it is empty, or it cannot be read at
       random. A TFDS set that is not prepared is downloaded if its server answers.
   """
-  if name == "shapes":
-    return _open_shapes(split)
+  fields = {"image": "image", "label": "label"} | (fields or {}) | {"caption": caption}
+  if name in ("shapes", "shapes/compositions"):
+    return _open_shapes(name, split, caption)
   if name.startswith("folder:"):
-    return _open_folder(name, split)
-  return _open_tfds(name, split, data_dir, memory_limit)
+    source = _open_folder(name, split)
+  else:
+    source = _open_tfds(name, split, data_dir, memory_limit, fields, class_names)
+  if not memory_size or source.arrays is not None:
+    return source
+  if (needed := len(source) * memory_size**2 * 3) > memory_limit:
+    raise DataError(
+      f"{source.name} at data.memory_size {memory_size} takes {needed / 2**30:.1f} GiB"
+      f" of {memory_limit / 2**30:.1f}: lower it, or set it to 0 to stream the pictures"
+    )
+  return load(source, (memory_size, memory_size))
+
+
+def open_config(data: dict, split: str, like: Source | None = None) -> Source:
+  """Opens a split by the section `data` of a config.
+
+  split: "train_split" or "test_split". like: the training source, whose class names
+    and tokenizer the other split shall have.
+  """
+  source = open_source(
+    data["source"],
+    data[split],
+    data["data_dir"] or None,
+    memory_size=data.get("memory_size", 0),
+    caption=data["text"].get("field", "caption") if data.get("text") else None,
+    fields=data.get("fields"),
+    class_names=like.class_names if like else None,
+  )
+  if like is not None and like.tokenizer is not None:
+    source = tokenized(source, like.tokenizer)
+  return source
+
+
+def captions_of(source: Source, limit: int = 100_000) -> Iterator[str]:
+  """The captions of up to `limit` records: all of them, or a sample, always the same.
+
+  What cannot be read is left out.
+  """
+  if source.captions is not None:
+    for captions in source.captions[:limit]:
+      yield from captions
+    return
+  records = np.arange(min(limit, len(source)))
+  if limit < len(source):
+    records = np.sort(order(0, records, len(source)))
+  for block in np.array_split(records, max(1, len(records) // 256)):
+    for record in source.read(block):
+      if not isinstance(record, Exception):
+        yield from record["caption"]
+
+
+def tokenized(source: Source, tokenizer: Tokenizer) -> Source:
+  """A source that gives "text" and "text_mask" too.
+
+  In memory, the captions become ids here, once; else where they are streamed.
+
+  Raises:
+    DataError: the source has no captions.
+  """
+  if not source.captioned:
+    raise DataError(f"{source.name} has no captions; leave data.text out")
+  keys = (*source.keys, "text", "text_mask")
+  if source.captions is None:
+    sample = list(captions_of(source, 2048))
+    _, _, cut = tokenizer.encode(sample)
+    share = cut / max(1, len(sample))
+    return dataclasses.replace(source, keys=keys, tokenizer=tokenizer, truncated=share)
+  ids, mask, cut = tokenizer.encode([c for each in source.captions for c in each])
+  first = np.cumsum([0, *map(len, source.captions)])
+  return dataclasses.replace(
+    source,
+    keys=keys,
+    tokenizer=tokenizer,
+    text=Text(ids, mask, first),
+    truncated=cut / len(ids),
+  )
 
 
 def _parts(split, sizes, name):
@@ -160,17 +280,32 @@ def _line(error):
   return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
-def _open_shapes(split):
-  parts = [
-    {key: value[start:stop] for key, value in shapes(part).items()}
-    for part, start, stop in _parts(split, SIZES, "shapes")
-  ]
-  arrays = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+def _open_shapes(name, split, caption):
+  if caption not in (None, "caption"):
+    raise DataError(f"{name} has no field {caption!r} of captions; it has: caption")
+  sizes, draw, class_names = SIZES, shapes, SHAPES
+  if name == "shapes/compositions":
+    sizes, draw, class_names = COMPOSITION_SIZES, compositions, COMPOSITIONS
+  arrays, captions = [], []
+  for part, start, stop in _parts(split, sizes, name):
+    drawn = draw(part)
+    arrays.append({key: drawn[key][start:stop] for key in ("image", "label")})
+    said = drawn["caption"][start:stop]
+    captions += said if isinstance(said, list) else [[c] for c in said.tolist()]
+  arrays = {key: np.concatenate([p[key] for p in arrays]) for key in arrays[0]}
   size = len(arrays["image"])
   if not size:
-    raise DataError(f"shapes {split} is empty")
+    raise DataError(f"{name} {split} is empty")
   arrays["index"] = np.arange(size, dtype=np.int32)
-  return Source(f"shapes {split}", size, _keys(True), SHAPES, arrays)
+  return Source(
+    f"{name} {split}",
+    size,
+    _keys(True),
+    class_names,
+    arrays,
+    captioned=caption is not None,
+    captions=captions if caption else None,
+  )
 
 
 def _keys(labelled):
@@ -263,7 +398,7 @@ def _part(paths, start, stop):
 # TensorFlow Datasets, read without TensorFlow.
 
 
-def _open_tfds(name, split, data_dir, memory_limit):
+def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   import tensorflow_datasets as tfds
 
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
@@ -279,16 +414,7 @@ def _open_tfds(name, split, data_dir, memory_limit):
       " tensorflow_datasets.scripts.convert_format --out_file_format=array_record"
       f" --dataset_version_dir={info.data_dir}"
     )
-  features = dict(info.features)
-  if not isinstance(features.get("image"), tfds.features.Image):
-    raise DataError(
-      f"{name} has no feature 'image' that is an image; it has: {', '.join(features)}"
-    )
-  label = features.get("label")
-  wanted = {"image": features["image"]}
-  if isinstance(label, tfds.features.ClassLabel):
-    wanted["label"] = label
-  wanted = tfds.features.FeaturesDict(wanted)
+  wanted = _wanted(name, dict(info.features), fields)
   try:
     size = info.splits[split].num_examples
   except (ValueError, KeyError, AssertionError) as error:
@@ -305,11 +431,28 @@ def _open_tfds(name, split, data_dir, memory_limit):
     file = files[there.index(False)]
     raise DataError(f"{name} lacks the file {file}: prepare it again")
 
-  encoded = {"image": tfds.decode.SkipDecoding()}
+  label, caption = wanted.get("label"), wanted.get("caption")
+  named = {fields[key]: feature for key, feature in wanted.items()}
+  example = tfds.features.FeaturesDict(named)
+  encoded = {fields["image"]: tfds.decode.SkipDecoding()}
+  if isinstance(label, tfds.features.Text):
+    class_names = class_names or _strings(records, fields["label"])
+    number = {x: i for i, x in enumerate(class_names)}
+  elif label is not None:
+    class_names = label.names
 
   def parse(raw):
-    record = wanted.deserialize_example_np(raw, decoders=encoded)
-    return {"image": record["image"], "label": int(record.get("label", -1))}
+    record = example.deserialize_example_np(raw, decoders=encoded)
+    parsed = {"image": record[fields["image"]], "label": -1}
+    if isinstance(label, tfds.features.Text):
+      parsed["label"] = number.get(_string(record[fields["label"]]), -1)
+    elif label is not None:
+      parsed["label"] = int(record[fields["label"]])
+    if caption is not None:
+      said = record[fields["caption"]]
+      said = [said] if isinstance(said, bytes | str) else list(said)
+      parsed["caption"] = [c for c in map(_string, said) if c.strip()]
+    return parsed
 
   def read(indices):
     indices = [int(i) for i in indices]
@@ -323,19 +466,62 @@ def _open_tfds(name, split, data_dir, memory_limit):
         return [error]
       return [read([i])[0] for i in indices]
 
-  keys = _keys("label" in wanted)
-  class_names = tuple(label.names) if "label" in wanted else None
-  source = Source(f"{name} {split}", len(records), keys, class_names, read=read)
-  shape = features["image"].shape
+  source = Source(
+    f"{name} {split}",
+    len(records),
+    _keys(label is not None),
+    None if label is None else tuple(class_names),
+    read=read,
+    captioned=caption is not None,
+  )
+  shape = wanted["image"].shape
   if None not in shape and len(source) * shape[0] * shape[1] * 3 <= memory_limit:
     return load(source, shape[:2])
   return source
 
 
-def load(source: Source, shape: tuple[int, int]) -> Source:
-  """Decodes a source of pictures of one shape (height, width) into arrays.
+def _wanted(name, features, fields):
+  """The features that are read, by "image", "label" and "caption"."""
+  from tensorflow_datasets import features as kinds
 
-  A corrupt record becomes a copy of the next good one, its `index` included.
+  wanted = {key: features.get(field) for key, field in fields.items()}
+  lacks = f"{name} has no feature {{!r}} that {{}}; it has: {', '.join(features)}"
+  if not isinstance(wanted["image"], kinds.Image):
+    raise DataError(lacks.format(fields["image"], "is an image"))
+  strings = lambda f: isinstance(getattr(f, "feature", f), kinds.Text)
+  if fields["caption"] is None:
+    del wanted["caption"]
+  elif not strings(wanted["caption"]):
+    raise DataError(lacks.format(fields["caption"], "is text (data.text.field)"))
+  if not isinstance(wanted["label"], kinds.ClassLabel | kinds.Text):
+    if fields["label"] != "label":
+      raise DataError(lacks.format(fields["label"], "has classes"))
+    del wanted["label"]
+  return wanted
+
+
+def _string(value):
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _strings(records, field):
+  """The distinct strings of a field, sorted."""
+  from tensorflow_datasets import features as kinds
+
+  feature = kinds.FeaturesDict({field: kinds.Text()})
+  found = set()
+  for start in range(0, len(records), 1024):
+    block = range(start, min(start + 1024, len(records)))
+    for raw in records.__getitems__(list(block)):
+      found.add(_string(feature.deserialize_example_np(raw)[field]))
+  return sorted(found)
+
+
+def load(source: Source, shape: tuple[int, int]) -> Source:
+  """Decodes a source into arrays of pictures of one shape (height, width).
+
+  A picture of another shape is resized and cut; see `images.fit`. A corrupt record
+  becomes a copy of the next good one, its `index` included.
   """
   size, block = len(source), 1024
   arrays = {
@@ -343,15 +529,16 @@ def load(source: Source, shape: tuple[int, int]) -> Source:
     "image": np.empty((size, *shape, 3), np.uint8),
     "label": np.empty(size, np.int32),
   }
+  captions = [[]] * size
 
   def fill(start):
     indices = range(start, min(start + block, size))
     for i, record in zip(indices, source.read(indices)):
       try:
-        if isinstance(record, Exception):
-          raise record
-        arrays["image"][i] = images.decode(record["image"])
+        picture = decode(source, record)
+        arrays["image"][i] = images.fit(picture, *shape)
         arrays["label"][i] = record["label"]
+        captions[i] = record.get("caption", [])
       except Exception as error:
         source.report_bad(i, error)
 
@@ -363,8 +550,24 @@ def load(source: Source, shape: tuple[int, int]) -> Source:
       good = (good + 1) % size
     for array in arrays.values():
       array[i] = array[good]
+    captions[i] = captions[good]
   arrays = {key: arrays[key] for key in source.keys}
-  return dataclasses.replace(source, arrays=arrays, read=None)
+  captions = captions if source.captioned else None
+  return dataclasses.replace(source, arrays=arrays, read=None, captions=captions)
+
+
+def decode(source: Source, record) -> np.ndarray:
+  """The picture of a record as it was read, uint8 [H, W, 3].
+
+  Raises:
+    Exception: the record could not be read, or it lacks a caption.
+    ValueError: the picture is broken.
+  """
+  if isinstance(record, Exception):
+    raise record
+  if source.captioned and not record["caption"]:
+    raise ValueError("it has no caption")
+  return images.decode(record["image"])
 
 
 def _prepared(name, data_dir):
