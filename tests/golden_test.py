@@ -5,6 +5,7 @@ hyper-parameters from the file and returns what clj gives for everything else in
 name. What it neither reads nor answers has to stand in `EXEMPT` with the reason.
 """
 
+import json
 import os
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from clj import losses
+from clj.data import text
 from clj.losses import softmax
 
 TOLERANCE = 1e-5  # of each array's largest element, in float32
@@ -70,9 +72,7 @@ EXEMPT = {
   "tfa_triplet": {"precision": INFO},
 }
 
-NO_COUNTERPART = {
-  "clip_tokens": "clj has no tokenizer yet; it comes with CLIP",
-}
+TOKENS = "clip_tokens"  # texts and ids, no arrays; `test_clip_tokens` answers it
 
 
 class Golden(dict):
@@ -992,9 +992,9 @@ def _(g):
 
 def test_every_file_has_a_line(golden_dir):
   files = {os.path.splitext(f)[0] for f in os.listdir(golden_dir) if f != "README.md"}
-  without = sorted(files - set(TABLE) - set(NO_COUNTERPART))
+  without = sorted(files - set(TABLE) - {TOKENS})
   assert not without, f"no line for {without}"
-  gone = sorted((set(TABLE) | set(NO_COUNTERPART)) - files)
+  gone = sorted((set(TABLE) | {TOKENS}) - files)
   assert not gone, f"lines without a file: {gone}"
 
 
@@ -1018,6 +1018,16 @@ def test_golden(golden_dir, name):
     assert worst <= limit, f"{key}: off by {worst:.2e}, {limit:.2e} allowed"
 
 
-@pytest.mark.parametrize("name", sorted(NO_COUNTERPART))
-def test_without_counterpart(golden_dir, name):
-  pytest.skip(NO_COUNTERPART[name])
+def test_clip_tokens(golden_dir, tfds_data_dir):
+  vocabulary = os.path.join(tfds_data_dir, "tokenizers", "bpe_simple_vocab_16e6.txt.gz")
+  if not os.path.isfile(vocabulary):
+    pytest.skip(f"no vocabulary of CLIP at {vocabulary!r}")
+  with open(os.path.join(golden_dir, f"{TOKENS}.json")) as file:
+    golden = json.load(file)
+  tokenizer = text.open_tokenizer(vocabulary, length=77)
+  ids, mask, truncated = tokenizer.encode([entry["text"] for entry in golden])
+  np.testing.assert_array_equal(ids, [entry["ids"] for entry in golden])
+  assert tokenizer.vocab_size == 49408
+  assert truncated == 1
+  # Padding is the id of "!", so only the end token tells where it begins.
+  np.testing.assert_array_equal(mask.sum(1), (ids == 49407).argmax(1) + 1)

@@ -215,13 +215,13 @@ def captions_of(source: Source, limit: int = 100_000) -> Iterator[str]:
 
   What cannot be read is left out.
   """
-  if source.captions is not None:
-    for captions in source.captions[:limit]:
-      yield from captions
-    return
   records = np.arange(min(limit, len(source)))
   if limit < len(source):
     records = np.sort(order(0, records, len(source)))
+  if source.captions is not None:
+    for i in records:
+      yield from source.captions[i]
+    return
   for block in np.array_split(records, max(1, len(records) // 256)):
     for record in source.read(block):
       if not isinstance(record, Exception):
@@ -485,7 +485,8 @@ def _wanted(name, features, fields):
   from tensorflow_datasets import features as kinds
 
   wanted = {key: features.get(field) for key, field in fields.items()}
-  lacks = f"{name} has no feature {{!r}} that {{}}; it has: {', '.join(features)}"
+  listed = ", ".join(sorted(features))
+  lacks = f"{name} has no feature {{!r}} that {{}}; it has: {listed}"
   if not isinstance(wanted["image"], kinds.Image):
     raise DataError(lacks.format(fields["image"], "is an image"))
   strings = lambda f: isinstance(getattr(f, "feature", f), kinds.Text)

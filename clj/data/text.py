@@ -272,6 +272,14 @@ def of_run(directory, section: dict, captions, *, started: bool) -> Tokenizer:
   return made
 
 
+def describe(tokenizer: Tokenizer, truncated: float) -> str:
+  """A line for the start of a run. truncated: share of the captions that are cut."""
+  return (
+    f"captions: {tokenizer.vocab_size} ids ({tokenizer.kind}), {tokenizer.length} a"
+    f" caption, {truncated:.1%} of the captions are cut"
+  )
+
+
 def check(saved: Tokenizer, section: dict) -> Tokenizer:
   """Refuses a saved tokenizer that is not the one that `data.text` describes.
 
