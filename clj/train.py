@@ -22,7 +22,7 @@ import optax
 from clj import augment as augmentation
 from clj import checkpoint, log, sharding, workdir
 from clj import optim as optimisers
-from clj.data import pipeline, sources
+from clj.data import pipeline, sources, text
 from clj.evaluate import best_metric, make_evaluate, summary
 from clj.init_from import init_from as start_from
 from clj.method import Method
@@ -172,9 +172,13 @@ def train(
     return COMPLETE
   profile_from, profile_to = _profile_steps(profile)
 
-  source = sources.open_source(
-    data["source"], data["train_split"], data["data_dir"] or None
-  )
+  source = sources.open_config(data, "train_split")
+  if section := data.get("text"):
+    captions = lambda: sources.captions_of(source)
+    started = bool(checkpoints.steps())
+    tokenizer = text.of_run(directory, section, captions, started=started)
+    source = sources.tokenized(source, tokenizer)
+    print(text.describe(tokenizer, source.truncated), flush=True)
   classes = len(source.class_names or ())
   if 0 < method.get("probe_classes", 0) < classes:
     raise ValueError(
@@ -217,6 +221,8 @@ def train(
       data=data,
       optim=optim,
     )
+    if source.tokenizer is not None:
+      _check_vocabulary(source.tokenizer, program.state.params)
     evaluate = make_evaluate(
       program.method.embed,
       program.augment,
@@ -262,6 +268,8 @@ def train(
         line = {f"train/{name}": value for name, value in metrics.items()}
         line["train/examples"] = step * batch_size
         line["train/epoch"] = step * batch_size / len(source)
+        if source.tokenizer is not None:
+          line["data/truncated_captions"] = source.truncated
         writer.write(step, line | meter.read(step))
 
     def evaluate_now(step):
@@ -331,6 +339,16 @@ def train(
     return STOPPED
   print(summary(directory))
   return COMPLETE
+
+
+def _check_vocabulary(tokenizer, params):
+  """An id beyond the text tower's table would show as a loss that is not finite."""
+  table = params.get("text", {}).get("token")
+  if table is not None and table.shape[0] < tokenizer.vocab_size:
+    raise ValueError(
+      f"model.text.vocab is {table.shape[0]}, but the tokenizer has "
+      f"{tokenizer.vocab_size} ids; set it to that, or lower data.text.vocab_size"
+    )
 
 
 def _not_finite(step: int, loss: float, checkpoints) -> str:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from clj import checkpoint, log, workdir
+from clj.data import text
 from clj.train import train
 from configs import simclr
 
@@ -293,3 +294,28 @@ def test_too_few_probe_classes_is_one_line(tmp_path):
     ValueError, match="probe_classes is 5, but 'shapes' has 9 classes"
   ):
     train(tmp_path, **config)
+
+
+def test_the_tokenizer_travels_with_the_run(tmp_path, capsys):
+  data = smoke()["data"] | {
+    "source": "shapes/compositions",
+    "train_split": "train[:64]",
+    "text": {"field": "caption", "tokenizer": "words", "length": 8},
+  }
+  config = smoke(data=data, checkpoint_every=1)
+  assert train(tmp_path, **config) == 0
+  saved = text.load(tmp_path / "tokenizer")
+  share = log.last_values(tmp_path)["data/truncated_captions"]
+  assert 0 < share < 1
+  assert f"8 a caption, {share:.1%} of the captions are cut" in capsys.readouterr().out
+  # The run goes on with the vocabulary that it has, or not at all.
+  shutil.rmtree(tmp_path / "checkpoints" / "2")
+  (tmp_path / "hashes" / "2.0.json").unlink()
+  settings = (tmp_path / "tokenizer" / "settings.json").read_text()
+  (tmp_path / "tokenizer" / "settings.json").unlink()
+  with pytest.raises(ValueError, match="there is no tokenizer in"):
+    train(tmp_path, **config)
+  (tmp_path / "tokenizer" / "settings.json").write_text(settings)
+  assert train(tmp_path, **config) == 0
+  assert "going on from step 1" in capsys.readouterr().out
+  assert text.load(tmp_path / "tokenizer").settings == saved.settings
