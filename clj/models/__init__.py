@@ -135,11 +135,11 @@ IMAGE = {
   "resnet200": partial(_resnet, (3, 24, 36, 3), True),
   "resnet_small": _resnet_small,  # minutes on a CPU: CIFAR and the demo
   "resnet_test": partial(_resnet_small, (8, 16), (1, 1)),  # compiles in a second or two
-  "clip_rn50": partial(CLIPResNet, 64, (3, 4, 6, 3), 1024),
-  "clip_rn101": partial(CLIPResNet, 64, (3, 4, 23, 3), 512),
-  "clip_rn50x4": partial(CLIPResNet, 80, (4, 6, 10, 6), 640),
-  "clip_rn50x16": partial(CLIPResNet, 96, (6, 8, 18, 8), 768),
-  "clip_rn50x64": partial(CLIPResNet, 128, (3, 15, 36, 10), 1024),
+  "clip_rn50": partial(CLIPResNet, width=64, depths=(3, 4, 6, 3), outputs=1024),
+  "clip_rn101": partial(CLIPResNet, width=64, depths=(3, 4, 23, 3), outputs=512),
+  "clip_rn50x4": partial(CLIPResNet, width=80, depths=(4, 6, 10, 6), outputs=640),
+  "clip_rn50x16": partial(CLIPResNet, width=96, depths=(6, 8, 18, 8), outputs=768),
+  "clip_rn50x64": partial(CLIPResNet, width=128, depths=(3, 15, 36, 10), outputs=1024),
   "vit_test": partial(_vit, "test", patch=8),
   "vit_s16": partial(_vit, "s", patch=16),
   "vit_b32": partial(_vit, "b", patch=32),
@@ -194,6 +194,7 @@ def image(name="resnet18", **kwargs) -> Network:
   kwargs for the transformers: all fields of `vit.ViT` and of `transformer.Encoder`
   (`width`, `depth`, `heads`, `hidden`, `patch`, `pool`, `scan`, `remat`, `dtype`, ...).
   The towers of CLIP and SigLIP end before their linear map into the joint space.
+  kwargs for CLIP's ResNets: all fields of `clip_resnet.CLIPResNet`.
 
   Raises ValueError for an unknown name, TypeError for an unknown argument.
   """
