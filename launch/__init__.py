@@ -1,0 +1,1 @@
+"""Starting runs elsewhere: Cloud TPU VMs, GKE, Slurm, and sweeps over any of them."""
