@@ -16,7 +16,7 @@ import numpy as np
 
 from clj.data import images
 from clj.data.order import mix, order
-from clj.data.sources import Source, decode
+from clj.data.source import Source, decode
 
 # Positions whose records are looked up in one call: enough to pay NumPy's overhead.
 _LOOKAHEAD = 8192

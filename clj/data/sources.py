@@ -1,25 +1,16 @@
-"""What there is to read: TFDS data sets, image folders and the embedded `shapes`.
+"""What there is to read: TFDS data sets, files of one's own, the embedded `shapes`."""
 
-A `Source` is a table of records with random access. Small sets of equal pictures are
-decoded once and held as arrays; everything else stays encoded until it is asked for.
-"""
-
-import dataclasses
 import logging
 import os
 import threading
-import types
 import urllib.request
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent import futures
-from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from clj.data import images
-from clj.data.order import order
+from clj.data import files
 from clj.data.shapes import (
   COMPOSITION_SIZES,
   COMPOSITIONS,
@@ -28,113 +19,27 @@ from clj.data.shapes import (
   compositions,
   shapes,
 )
-from clj.data.text import Tokenizer
-
-IMAGE_SUFFIXES = (
-  ".jpg",
-  ".jpeg",
-  ".jpe",
-  ".png",
-  ".webp",
-  ".bmp",
-  ".gif",
-  ".tif",
-  ".tiff",
-  ".ppm",
-  ".pgm",
+from clj.data.source import (
+  DataError,
+  Source,
+  captions_of,
+  first_line,
+  keys_of,
+  load,
+  no_split,
+  split_parts,
+  tokenized,
 )
-# A validation split under any of these names answers to "test".
-_TEST_NAMES = ("test", "validation", "val", "valid")
 
-
-class DataError(ValueError):
-  """What only the user can mend; the message is one line with the way out."""
-
-
-class Text(NamedTuple):
-  """Captions of a source in memory; record i has rows first[i] to first[i + 1].
-
-  ids: int32 [M, L]. mask: bool [M, L]. first: int64 [N + 1].
-  """
-
-  ids: np.ndarray
-  mask: np.ndarray
-  first: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-  """Records 0 to `len(source) - 1`.
-
-  Attributes:
-    name: what `open_source` was asked for, with the split.
-    size: number of records.
-    keys: batch keys that it gives: "index", "image", "label" where there are any, and
-      "text" with "text_mask" once it is `tokenized`.
-    class_names: a name for each label, or None.
-    arrays: the records as arrays with a leading axis of `size`, `image` uint8
-      [N, H, W, 3] and `label` int32 [N] among them; None for a source that is read
-      record by record. Only what `keys` names goes into batches.
-    read: `indices -> list of {"image": bytes, "label": int}`, the pictures encoded; a
-      record that cannot be read comes as the exception. None where there are arrays.
-      With `captioned`, "caption" is a list of strings.
-    files: path of each record, where each is a file of its own; else None.
-    bad: the corrupt records met so far, index -> reason.
-    captioned: whether it was opened with captions.
-    captions: those of each record, a list of strings; None where there are no arrays.
-    tokenizer: what makes them ids, in a source that is `tokenized`.
-    text: the ids, where there are arrays.
-    truncated: share of the captions that the tokenizer cuts; of a sample where they
-      are streamed.
-  """
-
-  name: str
-  size: int
-  keys: tuple[str, ...]
-  class_names: tuple[str, ...] | None = None
-  arrays: dict[str, np.ndarray] | None = None
-  read: Callable[[Sequence[int]], list] | None = None
-  files: tuple[str, ...] | None = None
-  bad: dict[int, str] = dataclasses.field(default_factory=dict)
-  captioned: bool = False
-  captions: Sequence[list[str]] | None = None
-  tokenizer: Tokenizer | None = None
-  text: Text | None = None
-  truncated: float = 0.0
-  _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-  def __len__(self):
-    return self.size
-
-  def report_bad(self, index: int, error: Exception) -> None:
-    """Counts a corrupt record, once, and says so.
-
-    Raises:
-      DataError: more than max(10, 0.1 %) of the records are corrupt, or all.
-    """
-    with self._lock:
-      known = index in self.bad
-      if not known:
-        reason = _line(error).split(";")[0][:200]
-        if self.files:
-          reason = f"{self.files[index]}: {reason}"
-        self.bad[index] = reason
-      count, limit = len(self.bad), max(10, self.size // 1000)
-      # Known or not: another thread may be looking for a good record in vain.
-      if count > limit or count == self.size:
-        raise DataError(
-          f"{self.name}: {count} of {self.size} records are corrupt, one of them record"
-          f" {index} ({self.bad[index]}); a run puts up with"
-          f" {min(limit, self.size - 1)}: mend or remove them"
-        )
-    if not known:
-      logging.getLogger(__name__).warning(
-        "%s: record %d is corrupt (%s), the next good one stands in for it; %d so far",
-        self.name,
-        index,
-        reason,
-        count,
-      )
+__all__ = [
+  "DataError",
+  "Source",
+  "captions_of",
+  "load",
+  "open_config",
+  "open_source",
+  "tokenized",
+]
 
 
 def open_source(
@@ -151,14 +56,14 @@ def open_source(
   """Opens a data set.
 
   Args:
-    name: "shapes" or "shapes/compositions" (embedded); "folder:/path", any tree of
-      images; or a TFDS name, with a config and a version if need be ("cifar10",
-      "my_set/config:1.0.0").
+    name: "shapes" or "shapes/compositions" (embedded); "folder:/path", "csv:/path",
+      "parquet:/path" or "webdataset:/path" (see `clj.data.files`); or a TFDS name, with
+      a config and a version if need be ("cifar10", "my_set/config:1.0.0").
     split: a name or TFDS's syntax for parts of it, "train[:90%]", "train+test".
       A folder whose sub-folders are called train and test (or validation, val, valid)
       has these splits, "test" standing for whichever of the latter there is; any other
       folder is all "train". A class is a sub-folder of the split. Parts of a folder
-      are mixed over the classes.
+      are mixed over the classes; parts of tables and shards are rows in their order.
     data_dir: where TFDS data lies prepared; None: TFDS_DATA_DIR, then TFDS's default.
     memory_limit: TFDS pictures of one fixed size that decode to at most this many
       bytes are decoded now and held; 0: never.
@@ -176,8 +81,13 @@ def open_source(
   fields = {"image": "image", "label": "label"} | (fields or {}) | {"caption": caption}
   if name in ("shapes", "shapes/compositions"):
     return _open_shapes(name, split, caption)
-  if name.startswith("folder:"):
-    source = _open_folder(name, split)
+  kind = name.partition(":")[0]
+  if kind == "folder":
+    source = files.open_folder(name, split, caption)
+  elif kind in ("csv", "parquet"):
+    source = files.open_table(name, split, fields, class_names, memory_limit)
+  elif kind == "webdataset":
+    source = files.open_shards(name, split, fields, class_names)
   else:
     source = _open_tfds(name, split, data_dir, memory_limit, fields, class_names)
   if not memory_size or source.arrays is not None:
@@ -210,76 +120,6 @@ def open_config(data: dict, split: str, like: Source | None = None) -> Source:
   return source
 
 
-def captions_of(source: Source, limit: int = 100_000) -> Iterator[str]:
-  """The captions of up to `limit` records: all of them, or a sample, always the same.
-
-  What cannot be read is left out.
-  """
-  records = np.arange(min(limit, len(source)))
-  if limit < len(source):
-    records = np.sort(order(0, records, len(source)))
-  if source.captions is not None:
-    for i in records:
-      yield from source.captions[i]
-    return
-  for block in np.array_split(records, max(1, len(records) // 256)):
-    for record in source.read(block):
-      if not isinstance(record, Exception):
-        yield from record["caption"]
-
-
-def tokenized(source: Source, tokenizer: Tokenizer) -> Source:
-  """A source that gives "text" and "text_mask" too.
-
-  In memory, the captions become ids here, once; else where they are streamed.
-
-  Raises:
-    DataError: the source has no captions.
-  """
-  if not source.captioned:
-    raise DataError(f"{source.name} has no captions; leave data.text out")
-  keys = (*source.keys, "text", "text_mask")
-  if source.captions is None:
-    sample = list(captions_of(source, 2048))
-    _, _, cut = tokenizer.encode(sample)
-    share = cut / max(1, len(sample))
-    return dataclasses.replace(source, keys=keys, tokenizer=tokenizer, truncated=share)
-  ids, mask, cut = tokenizer.encode([c for each in source.captions for c in each])
-  first = np.cumsum([0, *map(len, source.captions)])
-  return dataclasses.replace(
-    source,
-    keys=keys,
-    tokenizer=tokenizer,
-    text=Text(ids, mask, first),
-    truncated=cut / len(ids),
-  )
-
-
-def _parts(split, sizes, name):
-  """Resolves a split in TFDS's syntax to [(split name, start, stop)]."""
-  if split in sizes:
-    return [(split, 0, sizes[split])]
-  import tensorflow_datasets as tfds
-
-  try:
-    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(
-      {key: types.SimpleNamespace(num_examples=n) for key, n in sizes.items()}
-    )
-  except (ValueError, KeyError, AssertionError) as error:
-    raise DataError(_no_split(name, split, sizes, error)) from None
-  return [(p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to)
-          for p in parts]  # fmt: skip
-
-
-def _no_split(name, split, splits, error):
-  return f"{name} has no split {split!r} ({_line(error)}); it has: {', '.join(splits)}"
-
-
-def _line(error):
-  """The first line of an exception's message."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-
-
 def _open_shapes(name, split, caption):
   if caption not in (None, "caption"):
     raise DataError(f"{name} has no field {caption!r} of captions; it has: caption")
@@ -287,7 +127,7 @@ def _open_shapes(name, split, caption):
   if name == "shapes/compositions":
     sizes, draw, class_names = COMPOSITION_SIZES, compositions, COMPOSITIONS
   arrays, captions = [], []
-  for part, start, stop in _parts(split, sizes, name):
+  for part, start, stop in split_parts(split, sizes, name):
     drawn = draw(part)
     arrays.append({key: drawn[key][start:stop] for key in ("image", "label")})
     said = drawn["caption"][start:stop]
@@ -300,99 +140,12 @@ def _open_shapes(name, split, caption):
   return Source(
     f"{name} {split}",
     size,
-    _keys(True),
+    keys_of(True),
     class_names,
     arrays,
     captioned=caption is not None,
     captions=captions if caption else None,
   )
-
-
-def _keys(labelled):
-  return ("index", "image", "label") if labelled else ("index", "image")
-
-
-# Image folders.
-
-
-def _open_folder(name, split):
-  root = os.path.expanduser(name.removeprefix("folder:"))
-  if not os.path.isdir(root):
-    raise DataError(f"{name}: there is no folder {root!r}")
-  inside = {entry.name for entry in os.scandir(root) if entry.is_dir()}
-  test = next((x for x in _TEST_NAMES if x in inside), None)
-  if "train" in inside and test:
-    folders = {"train": "train", "test": test, test: test}
-  else:
-    folders = {"train": ""}
-  # Only what the split names is scanned: a pod's training folder holds millions.
-  wanted = [x for x in folders if x in split] or list(folders)
-  found = {x: _scan(os.path.join(root, folders[x])) for x in wanted}
-  total = sum(len(found[x][0]) for x in wanted)
-  if not total:
-    others = sum(found[x][1] for x in wanted)
-    raise DataError(
-      f"{name} {split}: no image in {root!r}, {others} other files;"
-      f" an image ends in {' '.join(IMAGE_SUFFIXES)}"
-    )
-  parts = _parts(split, {x: len(found[x][0]) for x in wanted}, name)
-  files = [(x, f) for x, start, stop in parts for f in _part(found[x][0], start, stop)]
-  if not files:
-    raise DataError(
-      f"{name} {split} is empty, of {total} images in all;"
-      " set data.train_split and data.test_split"
-    )
-  # Test classes are numbered as the training classes are.
-  named = found.get("train") or _scan(os.path.join(root, folders["train"]))
-  classes = sorted({f.split("/")[0] for f in named[0] if "/" in f})
-  number = {x: i for i, x in enumerate(classes)}
-  paths = [os.path.join(root, folders[x], f) for x, f in files]
-  labels = [number.get(f.split("/")[0], -1) if "/" in f else -1 for _, f in files]
-
-  def read(indices):
-    records = []
-    for i in indices:
-      try:
-        with open(paths[i], "rb") as file:
-          records.append({"image": file.read(), "label": labels[i]})
-      except OSError as error:
-        records.append(error)
-    return records
-
-  return Source(
-    f"{name} {split}",
-    len(paths),
-    _keys(classes),
-    tuple(classes) or None,
-    read=read,
-    files=tuple(paths),
-  )
-
-
-def _scan(root):
-  """Images below `root`, relative, in one order on every host; number of others."""
-  found, others, seen = [], 0, set()
-  for folder, inside, names in os.walk(root, followlinks=True):
-    real = os.path.realpath(folder)
-    if real in seen:  # A link that leads back up.
-      inside.clear()
-      continue
-    seen.add(real)
-    inside[:] = [x for x in inside if not x.startswith(".")]
-    relative = os.path.relpath(folder, root)
-    for name in names:
-      if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
-        others += 1
-      else:
-        path = os.path.join(relative, name) if relative != "." else name
-        found.append(path.replace(os.sep, "/"))
-  return sorted(found), others
-
-
-def _part(paths, start, stop):
-  """A part of a folder, mixed over its classes by a hash of the names."""
-  mixed = sorted(paths, key=lambda path: (zlib.crc32(path.encode()), path))
-  return sorted(mixed[start:stop])
 
 
 # TensorFlow Datasets, read without TensorFlow.
@@ -418,7 +171,7 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   try:
     size = info.splits[split].num_examples
   except (ValueError, KeyError, AssertionError) as error:
-    raise DataError(_no_split(name, split, info.splits, error)) from None
+    raise DataError(no_split(name, split, info.splits, error)) from None
   if not size:
     raise DataError(f"{name} {split} is empty")
   records = builder.as_data_source(
@@ -469,7 +222,7 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   source = Source(
     f"{name} {split}",
     len(records),
-    _keys(label is not None),
+    keys_of(label is not None),
     None if label is None else tuple(class_names),
     read=read,
     captioned=caption is not None,
@@ -518,59 +271,6 @@ def _strings(records, field):
   return sorted(found)
 
 
-def load(source: Source, shape: tuple[int, int]) -> Source:
-  """Decodes a source into arrays of pictures of one shape (height, width).
-
-  A picture of another shape is resized and cut; see `images.fit`. A corrupt record
-  becomes a copy of the next good one, its `index` included.
-  """
-  size, block = len(source), 1024
-  arrays = {
-    "index": np.arange(size, dtype=np.int32),
-    "image": np.empty((size, *shape, 3), np.uint8),
-    "label": np.empty(size, np.int32),
-  }
-  captions = [[]] * size
-
-  def fill(start):
-    indices = range(start, min(start + block, size))
-    for i, record in zip(indices, source.read(indices)):
-      try:
-        picture = decode(source, record)
-        arrays["image"][i] = images.fit(picture, *shape)
-        arrays["label"][i] = record["label"]
-        captions[i] = record.get("caption", [])
-      except Exception as error:
-        source.report_bad(i, error)
-
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    list(pool.map(fill, range(0, size, block)))
-  for i in source.bad:
-    good = i
-    while good in source.bad:
-      good = (good + 1) % size
-    for array in arrays.values():
-      array[i] = array[good]
-    captions[i] = captions[good]
-  arrays = {key: arrays[key] for key in source.keys}
-  captions = captions if source.captioned else None
-  return dataclasses.replace(source, arrays=arrays, read=None, captions=captions)
-
-
-def decode(source: Source, record) -> np.ndarray:
-  """The picture of a record as it was read, uint8 [H, W, 3].
-
-  Raises:
-    Exception: the record could not be read, or it lacks a caption.
-    ValueError: the picture is broken.
-  """
-  if isinstance(record, Exception):
-    raise record
-  if source.captioned and not record["caption"]:
-    raise ValueError("it has no caption")
-  return images.decode(record["image"])
-
-
 def _prepared(name, data_dir):
   """The builder of what lies prepared in a directory, whatever its code says now."""
   import tensorflow_datasets as tfds
@@ -580,7 +280,7 @@ def _prepared(name, data_dir):
   except tfds.core.DatasetNotFoundError:
     return None
   except Exception as error:
-    raise DataError(f"{name!r} in {data_dir}: {_line(error)}") from None
+    raise DataError(f"{name!r} in {data_dir}: {first_line(error)}") from None
 
 
 def _prepare(name, data_dir):
@@ -612,9 +312,9 @@ def _prepare(name, data_dir):
       builder.download_and_prepare(file_format="array_record")
       return builder
     except ImportError as error:
-      why = f"its preparation needs what is not installed ({_line(error)})"
+      why = f"its preparation needs what is not installed ({first_line(error)})"
     except Exception as error:
-      why = f"its preparation failed ({_line(error)})"
+      why = f"its preparation failed ({first_line(error)})"
   raise DataError(f"{name} is not prepared in {data_dir} and {why}: {ways}")
 
 
