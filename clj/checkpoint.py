@@ -7,7 +7,8 @@
 Orbax commits a checkpoint by renaming its directory, so that a killed run leaves a
 whole one or none; but it restores a file with a flipped bit without a word. Hence the
 hashes: a background thread writes them once a checkpoint is committed, `restore` checks
-them.
+them. Each process hashes what it wrote and checks its share, and all take the same
+checkpoint.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
+
+from clj import processes
 
 
 class CheckpointError(Exception):
@@ -59,8 +62,11 @@ class Checkpoints:
     metrics: of the last evaluation; may be empty.
     """
     manager = self._open()
-    # A checkpoint of this step that somebody removed by hand may have left its hashes.
-    self._manifest(step, jax.process_index()).unlink(missing_ok=True)
+    # A checkpoint of this step that somebody removed by hand may have left its hashes,
+    # also those of more processes than there are now.
+    for manifest in self._manifests(step):
+      if _writer(manifest) % jax.process_count() == jax.process_index():
+        manifest.unlink(missing_ok=True)
     manager.save(
       step,
       args=ocp.args.Composite(
@@ -98,24 +104,30 @@ class Checkpoints:
     checkpoint is renamed and the one before it tried; raises CheckpointError where none
     is left, or where `step` was asked for and cannot be had.
     """
-    found = self.steps()
+    found = processes.from_first(self.steps())
     if step is not None:
       self._require(step)
     for newest in [step] if step is not None else found[::-1]:
-      fault = self.fault(newest)
+      fault = self.agreed_fault(newest)
       if fault is None:
+        expected, _ = self._expected(newest)
+        unknown = set(_files(self.directory / str(newest))) - set(expected)
+        hashed = processes.from_first(not unknown)
+        state, error = None, None
         try:
           state, clock = self._restore(newest, abstract_state)
-          if not self._manifests(newest):  # killed before it was hashed
+        except (ValueError, OSError, KeyError, TypeError) as caught:
+          error = caught
+        fault = _first(processes.from_all(error and _first_line(error)))
+        if fault is None:
+          if not hashed:  # killed before all of it was hashed
             self._hash(newest)
           return state, clock, newest
-        except (ValueError, OSError, KeyError, TypeError) as error:
-          fault = _first_line(error)
-          if self._manifests(newest):  # its files are as they were written
-            raise CheckpointError(
-              f"checkpoint {self.directory / str(newest)} does not fit this program "
-              f"({fault}); take another workdir, with init_from"
-            ) from error
+        if hashed:  # its files are as they were written
+          raise CheckpointError(
+            f"checkpoint {self.directory / str(newest)} does not fit this program "
+            f"({fault}); take another workdir, with init_from"
+          ) from error
       if step is not None:
         raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
       kept = self._set_aside(newest)
@@ -196,7 +208,8 @@ class Checkpoints:
         return
     process = jax.process_index()
     with contextlib.suppress(FileNotFoundError):
-      files = {f: _digest(path / f) for f in _files(path) if _owner(f) == process}
+      mine = [f for f in _files(path) if _owner(f) % jax.process_count() == process]
+      files = {f: _digest(path / f) for f in mine}
       manifest = self._manifest(step, process)
       manifest.parent.mkdir(parents=True, exist_ok=True)
       partial = manifest.parent / (manifest.name + ".partial")
@@ -204,8 +217,9 @@ class Checkpoints:
       check = hashlib.sha256(body.encode()).hexdigest()
       partial.write_text(json.dumps({"sha256": check, "files": body}))
       partial.replace(manifest)
-      for old in manifest.parent.glob(f"*.{process}.json"):
-        if not (self.directory / old.name.split(".")[0]).exists():
+      for old in manifest.parent.glob("*.json"):
+        gone = not (self.directory / old.name.split(".")[0]).exists()
+        if gone and _writer(old) % jax.process_count() == process:
           old.unlink(missing_ok=True)
 
   def fault(self, step: int) -> str | None:
@@ -214,20 +228,19 @@ class Checkpoints:
     A run that was killed between commit and hashing left no hashes: then Orbax's own
     checks must do.
     """
+    return self._fault(step, 0, 1)
+
+  def agreed_fault(self, step: int) -> str | None:
+    """The same, of all processes together: each checks a share of the files."""
+    mine = self._fault(step, jax.process_index(), jax.process_count())
+    return _first(processes.from_all(mine))
+
+  def _fault(self, step: int, share: int, shares: int) -> str | None:
     path = self.directory / str(step)
-    manifests = self._manifests(step)
-    expected = {}
-    for manifest in manifests:
-      try:
-        record = json.loads(manifest.read_text())
-        body = record["files"]
-        if hashlib.sha256(body.encode()).hexdigest() != record["sha256"]:
-          return f"{manifest.name} does not match itself"
-        expected |= json.loads(body)
-      except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{manifest.name} is not readable"
-    processes = {_owner(f) for f in _files(path)} if manifests else set()
-    for file, (size, digest) in sorted(expected.items()):
+    expected, fault = self._expected(step)
+    if fault is not None:
+      return fault
+    for file, (size, digest) in sorted(expected.items())[share::shares]:
       if not (path / file).exists():
         return f"{file} is missing"
       try:
@@ -238,10 +251,26 @@ class Checkpoints:
         return f"{file} has {found[0]} bytes, not {size}"
       if found[1] != digest:
         return f"{file} has changed"
-    complete = len(manifests) == len(processes)
-    if complete and manifests and (extra := set(_files(path)) - set(expected)):
-      return f"{min(extra)} does not belong to it"
+    if share == 0:
+      extra = set(_files(path)) - set(expected)
+      hashed = {_writer(manifest) for manifest in self._manifests(step)}
+      if extra := {file for file in extra if _owner(file) in hashed}:
+        return f"{min(extra)} does not belong to it"
     return None
+
+  def _expected(self, step: int) -> tuple[dict, str | None]:
+    """Size and digest of each file that was hashed, and what is wrong with the list."""
+    expected = {}
+    for manifest in self._manifests(step):
+      try:
+        record = json.loads(manifest.read_text())
+        body = record["files"]
+        if hashlib.sha256(body.encode()).hexdigest() != record["sha256"]:
+          return {}, f"{manifest.name} does not match itself"
+        expected |= json.loads(body)
+      except (ValueError, KeyError, TypeError, AttributeError):
+        return {}, f"{manifest.name} is not readable"
+    return expected, None
 
   def _set_aside(self, step: int) -> epath.Path:
     aside = self.workdir / "damaged"
@@ -255,11 +284,20 @@ class Checkpoints:
       (self.directory / str(step)).rename(target)
       for manifest in self._manifests(step):
         manifest.rename(aside / f"{target.name}.{manifest.name}")
-    return target
+    return epath.Path(processes.from_first(os.fspath(target)))  # all wait for it
 
 
 def _committed(path: epath.Path) -> bool:
   return path.exists() and ocp.utils.is_checkpoint_finalized(path)
+
+
+def _writer(manifest: epath.Path) -> int:
+  """The process whose files "STEP.P.json" describes."""
+  return int(manifest.name.split(".")[1])
+
+
+def _first(faults: list[str | None]) -> str | None:
+  return next((fault for fault in faults if fault is not None), None)
 
 
 def _files(path: epath.Path) -> list[str]:

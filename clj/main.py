@@ -1,7 +1,11 @@
 """Trains one config: python -m clj.main --config=configs/NAME.py[:VARIANT]
 
 Run it again to go on where it stopped. Exit codes: 0 complete, 1 something that you
-must mend (one line says what), 75 stopped on request: start the same command again.
+must mend (one line says what), 75 stopped on request or by the loss of another process:
+start the same command again.
+
+On Cloud TPU, on GKE and under Slurm the processes of a run find each other. Elsewhere
+start one on each host with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import os
@@ -12,16 +16,30 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
+from clj import processes
+
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, with a variant: configs/simclr.py:smoke."
 )
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run is written; default runs/NAME-VARIANT."
 )
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0; not needed on a known cluster."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+HEARTBEAT = flags.DEFINE_integer(
+  "heartbeat",
+  processes.HEARTBEAT,
+  "Seconds without a sign of life after which a process of the run counts as lost.",
+  lower_bound=1,
+)
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
 
 def main() -> int:
+  processes.listen()
   try:
     app.define_help_flags()
     unknown = flags.FLAGS(sys.argv)[1:]
@@ -31,19 +49,43 @@ def main() -> int:
       raise ValueError("no config; give --config=configs/NAME.py, such as simclr.py")
     config = CONFIG.value.to_dict()
     directory = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
+    run = processes.find(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   except Exception as error:
     return complain(error, debug="--debug" in sys.argv)
+  if run.count > 1 and not processes.is_child():
+    command = [sys.executable, "-m", "clj.main", *sys.argv[1:]]
+    return processes.supervise(command, HEARTBEAT.value)
   quiet_libraries()
   if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    devices = cpu_devices(config["batch_size"])
+    devices = cpu_devices(max(1, config["batch_size"] // run.count))
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
+  if run.count == 1:
+    return guarded(lambda: train(directory, config))
+  code = guarded(lambda: train(directory, config, run))
+  return processes.leave(code)
+
+
+def train(directory: str, config: dict, run: processes.Run | None = None) -> int:
   from clj.train import train  # after the flags: JAX takes a second to load
 
+  if run is not None:
+    processes.connect(run, HEARTBEAT.value)
+  return train(directory, **config)
+
+
+def guarded(action) -> int:
+  """The exit code of `action`; what the user must mend is said in one line."""
   try:
-    return train(directory, **config)
+    return action()
   except Exception as error:
+    if processes.is_loss(error):
+      if DEBUG.value:
+        traceback.print_exception(error)
+      print(f"clj: {processes.LOST}", file=sys.stderr)
+      return processes.AGAIN
     if DEBUG.value or not isinstance(error, user_errors()):
-      raise
+      traceback.print_exception(error)
+      return processes.FAILED
     return complain(error)
 
 

@@ -9,8 +9,6 @@ same command gives the same run, however often it is killed and on any mesh.
 
 import contextlib
 import dataclasses
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ import numpy as np
 import optax
 
 from clj import augment as augmentation
-from clj import checkpoint, log, sharding, workdir
+from clj import checkpoint, log, processes, sharding, workdir
 from clj import optim as optimisers
 from clj.data import pipeline, sources, text
 from clj.evaluate import best_metric, make_evaluate, summary
@@ -28,7 +26,7 @@ from clj.init_from import init_from as start_from
 from clj.method import Method
 from clj.methods import make_method
 
-COMPLETE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start the same command again
+COMPLETE, STOPPED = 0, processes.AGAIN
 
 
 @jax.tree_util.register_dataclass
@@ -166,7 +164,7 @@ def train(
   checkpoints = checkpoint.Checkpoints(directory, best=best_metric(evals))
   evaluated = not evals or log.evaluated(directory, total_steps)
   finished = evaluated and checkpoints.steps()[-1:] == [total_steps]
-  if finished and not checkpoints.fault(total_steps):
+  if processes.from_first(finished) and not checkpoints.agreed_fault(total_steps):
     print(f"{directory}: complete, all {total_steps} steps are done")
     print(summary(directory))
     return COMPLETE
@@ -209,7 +207,7 @@ def train(
       for key, rows in next(one_row).items()
     }
 
-  with jax.set_mesh(grid), _sigterm() as stopping:
+  with jax.set_mesh(grid), processes.listening() as stopping:
     program = build(
       shapes,
       grid,
@@ -244,9 +242,10 @@ def train(
       seconds = clock["seconds"]
       print(f"{directory}: going on from step {start} of {total_steps}", flush=True)
     workdir.record_config(directory, config, start)
+    started = processes.from_first(log.evaluated(directory, start))
     writer = log.Log(directory, start_step=start, total_steps=total_steps)
     meter = log.Meter(batch_size, start, seconds)
-    scores = (-1, {})  # of the last evaluation: step, metrics
+    scores = (start if started else -1, {})  # of the last evaluation: step, metrics
     due = lambda step: (
       bool(evals)
       and (step in (0, total_steps) or (eval_every > 0 and step % eval_every == 0))
@@ -260,6 +259,7 @@ def train(
         return
       (step, metrics), pending = pending, None
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      processes.tell("step")
       if not metrics.pop("finite"):
         raise FloatingPointError(_not_finite(step, metrics["loss"], checkpoints))
       now = step % log_every == 0 or step == total_steps
@@ -274,6 +274,7 @@ def train(
 
     def evaluate_now(step):
       nonlocal scores
+      processes.tell("busy")
       with meter.pause():
         found = evaluate(
           state.params, state.extra, step, step == total_steps, writer, stopping
@@ -283,6 +284,7 @@ def train(
         scores = step, found
 
     def save(step):
+      processes.tell("busy")
       with meter.pause():
         writer.sync()
         at, found = scores
@@ -291,7 +293,7 @@ def train(
 
     done, saved, tracing = start, start, False
     try:
-      if due(start) and not log.evaluated(directory, start):
+      if due(start) and not started:
         evaluate_now(start)
       with read(start, sharding.process_rows(batch_size, grid)) as batches:
         meter.start()
@@ -311,6 +313,7 @@ def train(
           last = done == total_steps
           if tracing and (done == profile_to or last):
             settle()
+            processes.tell("busy")
             jax.profiler.stop_trace()
             tracing = False
           # What was evaluated is saved too: it may be the best.
@@ -333,7 +336,7 @@ def train(
       writer.close()
   if source.bad:
     print(f"{len(source.bad)} corrupt records were replaced by the next good ones")
-  if done < total_steps or (evals and not log.evaluated(directory, done)):
+  if done < total_steps or (evals and scores[0] != done):
     kept = f"saved at step {done}" if done else "before the first step"
     print(f"stopped by SIGTERM, {kept}; the same command goes on")
     return STOPPED
@@ -385,17 +388,3 @@ def _draw_views(writer, augment, rng, batch):
   mine = np.concatenate([np.asarray(s.data) for s in views.addressable_shards[:8]])
   picture = log.grid((mine[:8] * 255).round().astype(np.uint8))
   writer.picture("augmented", picture, 0)
-
-
-@contextlib.contextmanager
-def _sigterm():
-  """Turns SIGTERM into a flag that the loop reads between two steps."""
-  came = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield came.is_set  # Python delivers signals to the main thread alone
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
-  try:
-    yield came.is_set
-  finally:
-    signal.signal(signal.SIGTERM, before)

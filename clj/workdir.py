@@ -7,6 +7,8 @@ from importlib import metadata
 import jax
 from etils import epath
 
+from clj import processes
+
 # Keys that may change between two starts of a run without changing what it computes.
 FREE = (
   "mesh",
@@ -19,6 +21,9 @@ FREE = (
   "data.threads",
 )
 
+# Of these keys, what may differ between the processes of a run.
+HOST = {"data.data_dir", "data.threads"}
+
 
 def read_config(workdir) -> dict:
   """The config that the run in `workdir` was last started with."""
@@ -26,7 +31,18 @@ def read_config(workdir) -> dict:
 
 
 def check_config(workdir, config: dict):
-  """Raises ValueError where `config` would continue another recipe's run."""
+  """Raises ValueError where `config` would continue another recipe's run.
+
+  Also where the processes of this run were started with different configs.
+  """
+  everyone = [_flat(c) for c in processes.from_all(_plain(config))]
+  for key in sorted(set().union(*everyone) - HOST):
+    values = [one.get(key) for one in everyone]
+    if other := [i for i, value in enumerate(values) if value != values[0]]:
+      raise ValueError(
+        f"{key} is {values[0]!r} in process 0, but {values[other[0]]!r} in process "
+        f"{other[0]}; start all processes with the same config"
+      )
   history = _history(workdir, missing=[])
   if not history:
     return
