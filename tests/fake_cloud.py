@@ -462,6 +462,11 @@ def srun(args) -> int:
 
 
 def scontrol(args) -> int:
+  if args == ["show", "job", "17"]:
+    print(
+      f"JobId=17 JobName=clj\n   JobState={scenario('job_state', 'RUNNING')} Reason="
+    )
+    return 0
   assert args == ["requeue", "17"], args
   with cloud() as state:
     state["requeued"] = True

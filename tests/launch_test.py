@@ -511,7 +511,9 @@ def run_slurm(cloud, *options, workdir=None):
 
 def slurm_counts(cloud):
   """(times put back by the script, starts on process 0)"""
-  return len(cloud.calls("scontrol")), cloud.state().get("starts", {}).get("0", 0)
+  return len(cloud.calls("scontrol", "requeue")), cloud.state().get("starts", {}).get(
+    "0", 0
+  )
 
 
 def test_slurm_complete(cloud):
@@ -529,9 +531,7 @@ def test_slurm_put_back_before_the_time_limit(cloud):
   assert slurm_counts(cloud) == (1, 1)
   directives = (ROOT / "launch/slurm.sbatch").read_text()
   assert "#SBATCH --signal=TERM@300" in directives  # without B: to the steps
-  assert (
-    "exit code 75, back into the queue" in (cloud.directory / "slurm.log").read_text()
-  )
+  assert "back into the queue" in (cloud.directory / "slurm.log").read_text()
 
 
 def test_slurm_put_back_on_75_and_signals(cloud):
@@ -539,6 +539,14 @@ def test_slurm_put_back_on_75_and_signals(cloud):
   code, log = run_slurm(cloud)
   assert code == 0, log
   assert slurm_counts(cloud) == (2, 3)
+
+
+def test_slurm_cancelled_is_not_put_back(cloud):
+  # scancel, too, sends SIGTERM to all; they save, and that is that.
+  cloud.plays(time_limit=True, runs=[[["until_term"]]], job_state="COMPLETING")
+  code, log = run_slurm(cloud)
+  assert code == 75 and "the job is COMPLETING" in log
+  assert slurm_counts(cloud) == (0, 1)
 
 
 def test_slurm_node_lost(cloud):
