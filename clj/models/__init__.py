@@ -190,7 +190,8 @@ def image(name="resnet18", **kwargs) -> Network:
   name: a key of `IMAGE`. kwargs for the ResNets of the paper: `width` 1, 2 or 4
   (multiplies every layer), `stem` "imagenet" or "cifar", `zero_last_gamma` (True),
   `dtype` "float32" or "bfloat16" (of the computation only). `resnet_small` takes
-  `widths` and `depths` of its stages instead of `width`, and `stem` "patch" too.
+  `widths` and `depths` of its stages instead of `width`, and `stem` "patch" and
+  "patch4" too.
   kwargs for the transformers: all fields of `vit.ViT` and of `transformer.Encoder`
   (`width`, `depth`, `heads`, `hidden`, `patch`, `pool`, `scan`, `remat`, `dtype`, ...).
   The towers of CLIP and SigLIP end before their linear map into the joint space.

@@ -80,6 +80,7 @@ class CLIPResNet(nn.Module):
   heads: of the attention pool; its positions are those of the images given to `init`,
     and are resized for other images (bicubic).
   mean, std: of the pixels, per channel; for towers that expect normalised ones.
+  remat: keep only the input of each block for the backward pass, recompute the rest.
   dtype: of the computation; parameters, statistics and features are float32.
 
   Batch norm after every convolution; the last one of a block starts at zero.
@@ -91,10 +92,12 @@ class CLIPResNet(nn.Module):
   heads: int | None = None  # one for every 64 channels
   mean: tuple[float, ...] = (0.0, 0.0, 0.0)
   std: tuple[float, ...] = (1.0, 1.0, 1.0)
+  remat: bool = False
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x, train):
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x = normalize(x, self.mean, self.std).astype(self.dtype)
     stem = ((self.width // 2, 2), (self.width // 2, 1), (self.width, 1))
     for i, (features, stride) in enumerate(stem, 1):
@@ -103,7 +106,7 @@ class CLIPResNet(nn.Module):
     x = halve(x)
     for i, depth in enumerate(self.depths):
       for j in range(depth):
-        x = Block(
+        x = block(
           self.width * 2**i,
           stride=2 if i > 0 and j == 0 else 1,
           dtype=self.dtype,

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from clj.models.conv import Conv
 from clj.models.norm import BatchNorm
 
-STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "patch": (2, 2)}  # size and stride
+# Size and stride.
+STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "patch": (2, 2), "patch4": (4, 4)}
 
 
 class Block(nn.Module):
@@ -59,7 +60,7 @@ class ResNet(nn.Module):
   depths: blocks of each stage.
   stem: "imagenet" is a 7x7 convolution of stride 2 and a 3x3 max-pool of stride 2;
     "cifar" a 3x3 convolution of stride 1; "patch" a 2x2 convolution of stride 2, a
-    linear map of patches, which costs next to nothing.
+    linear map of patches, which costs next to nothing; "patch4" one of 4x4.
   zero_last_gamma: start every residual branch at zero.
   dtype: of the computation; parameters, statistics and features are float32.
   """

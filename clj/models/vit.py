@@ -207,6 +207,6 @@ def drop_patches(rng, x, rate):
   """Keeps a random set of `x`'s tokens, of one size, for every example on its own."""
   n, tokens, _ = x.shape
   keep = max(1, int(tokens * (1 - rate)))
-  order = jax.random.uniform(rng, (n, tokens))
-  _, index = jax.lax.top_k(order, keep)
+  # A sort stays on each example's device; `top_k` gathers the whole batch.
+  index = jax.random.uniform(rng, (n, tokens)).argsort(axis=1)[:, :keep]
   return jnp.take_along_axis(x, index[..., None], axis=1)
