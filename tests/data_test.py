@@ -532,7 +532,7 @@ def test_a_flipped_bit_in_a_record_file(tmp_path):
 
 def test_tfrecord_is_refused_with_the_command_that_converts_it(tmp_path):
   write_tfds(tmp_path, [b""], "tfrecord")
-  command = "convert_format --out_file_format=array_record .*tiny/1.0.0$"
+  command = "python -m clj.data.ingest .*tiny/1.0.0 OTHER_DATA_DIR/tiny$"
   with pytest.raises(DataError, match=command):
     open_source("tiny", "train", str(tmp_path))
 

@@ -386,9 +386,9 @@ def samples(shard: tarfile.TarFile) -> Iterator[Sample]:
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
       rest = f"the rest cannot be read ({first_line(error)})"
       break
-    if member is None:  # the end; of half a header, tarfile says nothing
+    if member is None:  # tarfile takes a missing end, or half a header, for the end
       shard.fileobj.seek(shard.offset)
-      if 0 < len(shard.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+      if len(shard.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         rest = "the rest is cut off"
       break
     if member.isdir():

@@ -163,9 +163,8 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   if array_record not in formats:
     raise DataError(
       f"{name} in {info.data_dir} is in {info.file_format.value} format, and random"
-      " access needs ArrayRecord; this adds it (and needs TensorFlow): python -m"
-      " tensorflow_datasets.scripts.convert_format --out_file_format=array_record"
-      f" --dataset_version_dir={info.data_dir}"
+      " access needs ArrayRecord; this converts it: python -m clj.data.ingest"
+      f" {info.data_dir} OTHER_DATA_DIR/{info.name}"
     )
   wanted = _wanted(name, dict(info.features), fields)
   try:
