@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
+from etils import epath
 from PIL import Image
 
 from clj.data import files, images
@@ -107,7 +109,7 @@ def ingest(
   out = os.path.abspath(os.path.expanduser(out))
   version = os.path.basename(out) if _VERSION.match(os.path.basename(out)) else None
   root = os.path.dirname(out) if version else out
-  if os.path.isfile(os.path.join(source, "dataset_info.json")):
+  if ":" not in source or "://" in source:
     plan = _tfrecord_plan(source)
     out = os.path.join(root, version or plan.version)
   else:
@@ -153,9 +155,11 @@ def ingest(
 
 def _named(source):
   """Puts the kind before a bare path; of a TFDS directory gives that of its version."""
-  path = os.path.expanduser(source)
   if re.match(r"(folder|csv|parquet|webdataset):", source):
     return source
+  if "://" in source:
+    return source.rstrip("/")
+  path = os.path.abspath(os.path.expanduser(source))
   ends = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
   for end, kind in ends.items():
     if path.endswith(end) or (kind == "webdataset" and re.search(r"\.tar\.\w+$", path)):
@@ -376,13 +380,19 @@ def _tfrecord_plan(source) -> Plan:
       for picture in features.deserialize_example_np(example, decoders=skip).values():
         check_picture(picture)
 
+  if importlib.util.find_spec("crc32c") is None:
+    print(
+      "checksums are computed in Python, about 2 MB a second;"
+      " pip install crc32c makes that quick",
+      file=sys.stderr,
+    )
   parts, identity = [], [source]
   for name, split in info.splits.items():
     for path, count in zip(split.filepaths, split.shard_lengths):
-      path = os.fspath(path)
-      if not os.path.isfile(path):
-        raise DataError(f"{source} lacks the file {os.path.basename(path)}")
-      identity.append((path, os.path.getsize(path)))
+      path = epath.Path(path)
+      if not path.exists():
+        raise DataError(f"{source} lacks the file {path.name}")
+      identity.append((os.fspath(path), path.stat().length))
       parts.append(Part(name, functools.partial(_examples, path, count, check)))
   return Plan(info.name, str(info.version), _digest(identity), parts, None, source)
 
@@ -391,7 +401,7 @@ def _examples(path, count, check):
   """The examples of a TFRecord file, which should be `count`."""
   from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
 
-  found, name = 0, os.path.basename(path)
+  found, name = 0, path.name
   for record in read_tfrecord(path):
     found += 1
     try:
@@ -406,7 +416,7 @@ def _examples(path, count, check):
     yield ValueError(f"{name}:{missing}: lost, the file is broken before it")
 
 
-def read_tfrecord(path: str) -> Iterator[bytes | Exception]:
+def read_tfrecord(path: epath.Path) -> Iterator[bytes | Exception]:
   """The records of a TFRecord file, an exception for one whose checksum is wrong.
 
   A record is its length (uint64) and the masked CRC-32C of that (uint32), the data and
@@ -415,7 +425,7 @@ def read_tfrecord(path: str) -> Iterator[bytes | Exception]:
   # In C where the package crc32c is installed, else a table in Python.
   from tensorboardX.record_writer import masked_crc32c
 
-  with open(path, "rb") as file:
+  with path.open("rb") as file:
     while head := file.read(12):
       if len(head) < 12 or masked_crc32c(head[:8]) != struct.unpack("<I", head[8:])[0]:
         yield ValueError("the length is damaged, and with it the rest of the file")
@@ -601,11 +611,11 @@ def _remove(work):
 
 def _copy_description(source, out):
   """What describes a TFDS directory, but the list of its files; that is returned."""
-  for name in os.listdir(source):
-    path = os.path.join(source, name)
-    if os.path.isfile(path) and ".tfrecord" not in name and name != "dataset_info.json":
-      shutil.copyfile(path, os.path.join(out, name))
-  return _read_json(os.path.join(source, "dataset_info.json"), {})
+  for path in epath.Path(source).iterdir():
+    told = path.name == "dataset_info.json" or ".tfrecord" in path.name
+    if not told and path.is_file():
+      (epath.Path(out) / path.name).write_bytes(path.read_bytes())
+  return json.loads((epath.Path(source) / "dataset_info.json").read_text())
 
 
 def _write_features(plan, out, work, done, there):
