@@ -190,7 +190,12 @@ class Checkpoints:
     path = self.directory / str(step)
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
       state = checkpointer.restore(path / "state", abstract_state)
-    return state, json.loads((path / "clock" / "metadata").read_text())
+    return state, self.clock(step)
+
+  def clock(self, step: int) -> dict:
+    """What `save` was given beside the state."""
+    path = self.directory / str(step) / "clock" / "metadata"
+    return json.loads(path.read_text())
 
   def _manifest(self, step: int, process: int) -> epath.Path:
     return self.workdir / "hashes" / f"{step}.{process}.json"

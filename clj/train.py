@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from clj import augment as augmentation
 from clj import checkpoint, log, processes, sharding, workdir
@@ -235,11 +236,14 @@ def train(
       state = program.init(jax.random.key(seed))
       print(log.start_tables(grid, state.params), flush=True)
       if init_from:
+        fresh = state
         state, report = start_from(state, init_from, init_rename)
         print(report, flush=True)
+        _check_initial_text(init_from, source.tokenizer, fresh, state)
     else:
       state, clock, start = restored
       seconds = clock["seconds"]
+      text.check_fingerprint(source.tokenizer, clock.get("tokenizer"), directory)
       print(f"{directory}: going on from step {start} of {total_steps}", flush=True)
     workdir.record_config(directory, config, start)
     started = processes.from_first(log.evaluated(directory, start))
@@ -289,6 +293,8 @@ def train(
         writer.sync()
         at, found = scores
         clock = {"seconds": meter.seconds()}
+        if source.tokenizer is not None:
+          clock["tokenizer"] = source.tokenizer.fingerprint
         checkpoints.save(step, state, clock, found if at == step else {})
 
     done, saved, tracing = start, start, False
@@ -351,6 +357,20 @@ def _check_vocabulary(tokenizer, params):
     raise ValueError(
       f"model.text.vocab is {table.shape[0]}, but the tokenizer has "
       f"{tokenizer.vocab_size} ids; set it to that, or lower data.text.vocab_size"
+    )
+
+
+def _check_initial_text(path, tokenizer, fresh, state):
+  """Refuses a table of tokens that was learned with other ids than batches have."""
+  table = lambda state: state.params.get("text", {}).get("token")
+  root = epath.Path(path)
+  root = root.parent.parent if root.parent.name == "checkpoints" else root
+  if table(state) is table(fresh) or not (root / "tokenizer").exists():
+    return
+  if not text.load(root / "tokenizer").same_ids(tokenizer):
+    raise ValueError(
+      f"init_from {path}: its text tower was trained with another vocabulary; set "
+      f"data.text.tokenizer={root / 'tokenizer'}, or leave it out by init_rename"
     )
 
 

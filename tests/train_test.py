@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from clj import checkpoint, log, workdir
+from clj import train as train_module
 from clj.data import text
 from clj.train import train
 from configs import simclr
@@ -319,3 +321,29 @@ def test_the_tokenizer_travels_with_the_run(tmp_path, capsys):
   assert train(tmp_path, **config) == 0
   assert "going on from step 1" in capsys.readouterr().out
   assert text.load(tmp_path / "tokenizer").settings == saved.settings
+  # Another vocabulary of the same kind and length, put in its place.
+  other = text.open_tokenizer("words", length=8, captions=lambda: ["not the same"])
+  other.save(tmp_path / "tokenizer")
+  shutil.rmtree(tmp_path / "checkpoints" / "2")
+  (tmp_path / "hashes" / "2.0.json").unlink()
+  with pytest.raises(ValueError, match="not the one that the checkpoint was trained"):
+    train(tmp_path, **config)
+
+
+def test_a_text_tower_with_other_ids_is_not_taken(tmp_path):
+  learn = lambda *captions: text.open_tokenizer(
+    "words", length=8, captions=lambda: captions
+  )
+  made, other = learn("a red star"), learn("a blue ring")
+  made.save(tmp_path / "tokenizer")
+  fresh = SimpleNamespace(params={"text": {"token": np.zeros(3)}, "image": {}})
+  taken = SimpleNamespace(params={"text": {"token": np.ones(3)}, "image": {}})
+  for path in (tmp_path, tmp_path / "checkpoints" / "4"):
+    check = lambda tokenizer, after, path=path: train_module._check_initial_text(
+      path, tokenizer, fresh, after
+    )
+    check(made, taken)
+    check(text.open_tokenizer(str(tmp_path / "tokenizer"), length=20), taken)
+    check(other, fresh)  # its text tower was not taken
+    with pytest.raises(ValueError, match="another vocabulary; set data.text.tokenizer"):
+      check(other, taken)

@@ -146,6 +146,10 @@ class Tokenizer:
     settings = json.dumps(self.settings, sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
+  def same_ids(self, other: "Tokenizer") -> bool:
+    """Whether an id means the same in both; they may differ in length."""
+    return self.settings | {"length": 0} == other.settings | {"length": 0}
+
   def save(self, directory) -> None:
     """Writes `settings.json` and the vocabulary."""
     directory = epath.Path(directory)
@@ -219,7 +223,9 @@ def open_tokenizer(
     return Tokenizer(tokenizer, vocabulary, length, clean, start, end, pad_id or 0)
   path = epath.Path(tokenizer).expanduser()
   if path.is_dir():
-    return _same(load(path), length=length, clean=clean, pad_id=pad_id)
+    given = {"length": length, "clean": clean, "pad_id": pad_id}
+    given = {key: value for key, value in given.items() if value is not None}
+    return dataclasses.replace(load(path), **given)
   if not path.exists():
     raise ValueError(
       f"there is no tokenizer {tokenizer!r}; data.text.tokenizer is"
@@ -302,13 +308,25 @@ def check(saved: Tokenizer, section: dict) -> Tokenizer:
       f"data.text.tokenizer is {name!r}, but the run was trained with another kind of"
       f" vocabulary, {saved.kind!r}"
     )
-  if kind and kind not in LEARNED and epath.Path(name).expanduser().exists():
+  if name not in LEARNED and epath.Path(name).expanduser().exists():
     now = open_tokenizer(**{k: v for k, v in section.items() if k != "field"})
     if now.fingerprint != saved.fingerprint:
       raise ValueError(
         f"the vocabulary in {name} is not the one that the run was trained with"
       )
   return saved
+
+
+def check_fingerprint(tokenizer: Tokenizer | None, saved: str | None, where) -> None:
+  """Refuses a tokenizer that is not the one a checkpoint was trained with.
+
+  saved: its fingerprint there; None: of a checkpoint without text.
+  """
+  if tokenizer is not None and saved is not None and tokenizer.fingerprint != saved:
+    raise ValueError(
+      f"{where}: its tokenizer is not the one that the checkpoint was trained with;"
+      " its ids would mean something else: put the directory tokenizer back"
+    )
 
 
 @functools.lru_cache(maxsize=4)
