@@ -273,7 +273,7 @@ def test_scan_and_remat_change_nothing():
     plain = jax.value_and_grad(loss)(params)
     remat = jax.value_and_grad(loss)(params, remat=True)
     scan = jax.value_and_grad(loss)(stack(params), scan=True)
-    both = jax.value_and_grad(loss)(stack(params), scan=True, remat=True)
+    both = jax.value_and_grad(loss)(stack(params), scan=True, remat="dots")
     value, grad = plain
     return (value, stack(grad)), ((remat[0], stack(remat[1])), scan, both)
 
@@ -313,6 +313,7 @@ def test_remat_keeps_less():
 
   assert kept(remat=True) < kept() / 3
   assert kept(remat=True, scan=True) < kept(scan=True) / 3
+  assert kept(remat=True) < kept(remat="dots") < kept() / 1.5
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -553,6 +554,7 @@ def test_errors_name_the_value():
     ({"positions": "rope"}, "'rope'.*learned, sincos2d"),
     ({"activation": "relu6"}, "'relu6'.*gelu_tanh"),
     ({"kernel_init": "he"}, "'he'.*xavier"),
+    ({"remat": "all"}, "'all'.*dots"),
     ({"heads": 3}, "width 16.*3 heads"),
     ({"patch": 64}, "32 x 32.*64 pixels"),
     ({"positions": "sincos2d", "width": 18}, "divisible by 4, not 18"),

@@ -21,6 +21,14 @@ ACTIVATIONS = {
 }
 
 
+# What a layer keeps for the backward pass; without a policy, its input alone.
+REMAT = {
+  False: None,
+  True: None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
 class Init(NamedTuple):
   """Initialisers of the kernels; biases start at zero."""
 
@@ -186,8 +194,9 @@ class Encoder(nn.Module):
   scan: one loop over layers instead of `depth` copies of their program, so that it
     compiles in the time of one layer. The parameters are one tree "blocks" with a
     leading layer axis, instead of "block0", "block1", ...
-  remat: keep only the input of each layer for the backward pass, and recompute the
-    rest there: a third more work, for a fraction of the memory.
+  remat: True keeps only the input of each layer for the backward pass and recomputes
+    the rest there: a third more work, for a fraction of the memory. "dots" keeps the
+    products with weights too, and recomputes attention and what lies between.
   """
 
   depth: int
@@ -199,7 +208,7 @@ class Encoder(nn.Module):
   layer_scale: float | None = None
   drop_path: float = 0.0
   scan: bool = False
-  remat: bool = False
+  remat: bool | str = False
   dtype: str = "float32"
 
   @nn.compact
@@ -210,8 +219,15 @@ class Encoder(nn.Module):
     width = x.shape[-1]
     hidden = self.hidden or 4 * width
     block = Block
+    if self.remat not in REMAT:
+      raise ValueError(f"unknown remat {self.remat!r}; there are {[*REMAT]}")
     if self.remat:
-      block = nn.remat(Block, prevent_cse=not self.scan, static_argnums=(4,))
+      block = nn.remat(
+        Block,
+        policy=REMAT[self.remat],
+        prevent_cse=not self.scan,
+        static_argnums=(4,),
+      )
     if self.scan:
       block = nn.scan(
         block,
