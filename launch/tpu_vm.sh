@@ -35,6 +35,7 @@ max_restarts=3 poll=20 keep='' adopt='' dry_run='' workdir=''
 train_args=() create_flags=()
 created=''   # this process created the TPU
 installed='' # this process installed on it
+mine=''      # there is a TPU, and it is this run's
 exec 3>&1    # commands of --dry-run, also from inside $(...)
 
 say() { echo "${dry_run:+# }tpu_vm: $*"; }
@@ -121,12 +122,14 @@ up() {
     if [ "$state" != ABSENT ] && [ -z "$created$adopt" ] && [ "$owner" != "$(label)" ]; then
       die "$name exists and is not of this workdir; take another --name, or --adopt it"
     fi
+    mine=yes
+    [ "$state" != ABSENT ] || mine=''
     case $state in
       ACTIVE) return 0 ;;
       FAILED | SUSPENDED) return 1 ;;
       ABSENT)
         say "asking for $name, $slices x $accelerator_type in $zone${spot:+, spot}"
-        if create_request; then created=yes; else
+        if create_request; then created=yes mine=yes; else
           look # another start may have been a moment faster
           [ "$state" != ABSENT ] || die "$name could not be created; nothing is left behind"
         fi
@@ -147,7 +150,7 @@ delete_tpu() {
     [ $((tries += 1)) -lt 30 ] || die "$name could not be deleted and costs money"
     sleep "$poll"
   done
-  created='' installed=''
+  created='' installed='' mine=''
   say "$name is deleted"
 }
 
@@ -344,6 +347,7 @@ train() {
 
 # Whatever ends `train` early leaves the TPU alone, and says so.
 leave() {
+  [ -n "$mine" ] || return 0
   echo "tpu_vm: $name was left as it is; the same command goes on, and this ends it:" >&2
   echo "  $0 delete --name=$name --zone=$zone${project:+ --project=$project}" >&2
 }

@@ -204,6 +204,7 @@ def test_tpu_vm_create_fails(cloud, message):
   assert code == 1
   assert cloud.counts() == (1, 0, 0, 0)
   assert message in out and "could not be created; nothing is left behind" in out
+  assert "was left as it is" not in out
 
 
 def test_tpu_vm_request_fails_later(cloud):
@@ -228,6 +229,7 @@ def test_tpu_vm_name_of_another_run(cloud):
   assert code == 1 and "is not of this workdir" in out
   code, out = cloud.tpu_vm()  # this time it is seen before
   assert code == 1 and "is not of this workdir" in out
+  assert "tpu_vm.sh delete" not in out
   assert cloud.counts() == (1, 0, 0, 1)
 
 
