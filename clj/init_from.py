@@ -1,4 +1,5 @@
-"""Starting from other weights: a workdir, a checkpoint of it, or a safetensors file.
+"""Starting from other weights: a workdir, a checkpoint of it, or a safetensors file; or
+from a config, which is then trained first (`clj.train.train` does that).
 
 Leaves are matched by name, "params/encoder/conv/kernel", "extra/teacher/...": the name
 in the source is rewritten by the first of the ordered rules (regex, replacement) that
@@ -12,6 +13,7 @@ have our names. Layers may be one leaf for all ("blocks") or one for each ("bloc
 
 import dataclasses
 import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,15 @@ from etils import epath
 from clj import interop, sharding, workdir
 from clj.checkpoint import CheckpointError, Checkpoints
 from clj.models.vit import resize_positions
+
+
+def config_of(path: str) -> dict | None:
+  """The config that `init_from` may name, such as "configs/lit.py:tower"; else None."""
+  if not (found := re.fullmatch(r"(.+\.py)(?::(\w+))?", path)):
+    return None
+  if not epath.Path(found[1]).exists():
+    raise ValueError(f"init_from {path}: there is no file {found[1]}")
+  return runpy.run_path(found[1])["get_config"](found[2]).to_dict()
 
 
 def init_from(state, path, rename=()):

@@ -23,6 +23,7 @@ from clj import checkpoint, log, processes, sharding, workdir
 from clj import optim as optimisers
 from clj.data import pipeline, sources, text
 from clj.evaluate import best_metric, make_evaluate, summary
+from clj.init_from import config_of
 from clj.init_from import init_from as start_from
 from clj.method import Method
 from clj.methods import make_method
@@ -151,6 +152,7 @@ def train(
   """Trains to `total_steps`, going on from the newest checkpoint in `directory`.
 
   The keyword arguments are the keys of a config; `configs/simclr.py` explains them.
+  Where `init_from` names a config, that one is trained first, in `directory`/first.
   Returns the exit code: 0 complete, 75 stopped by SIGTERM with everything saved. What
   the user must mend is raised as ValueError, data.DataError, CheckpointError or
   FloatingPointError, in one line that says the way out.
@@ -170,6 +172,11 @@ def train(
     print(summary(directory))
     return COMPLETE
   profile_from, profile_to = _profile_steps(profile)
+  if (first := config_of(init_from)) and not processes.from_first(checkpoints.steps()):
+    print(f"{init_from} comes first, in {directory}/first", flush=True)
+    init_from = str(epath.Path(directory) / "first")
+    if (code := train(init_from, **first | {"mesh": mesh})) != COMPLETE:
+      return code
 
   source = sources.open_config(data, "train_split")
   if section := data.get("text"):
@@ -229,6 +236,7 @@ def train(
       data=data,
       evals=evals,
       batch_size=batch_size,
+      start="before" if init_from else "untrained",
     )
     restored = checkpoints.restore(program.state)
     if restored is None:
