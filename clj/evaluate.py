@@ -7,6 +7,8 @@ evaluation of the config's section `evals` gets the same features.
 """
 
 import argparse
+import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,9 +20,18 @@ from etils import epath
 from PIL import Image
 
 from clj import augment, checkpoint, log, sharding, workdir
-from clj.data import images, pipeline, sources
-from clj.evals import EVALS, NEEDS_LABELS, diagnostics
+from clj.data import images, pipeline, sources, text
+from clj.evals import (
+  BASELINES,
+  EVALS,
+  NEEDS_LABELS,
+  NEEDS_TEXT,
+  NEEDS_TRAIN,
+  Task,
+  diagnostics,
+)
 from clj.evals.knn import color_histogram, raw_pixels
+from clj.evals.rows import fetch
 from clj.methods import make_method
 
 
@@ -29,11 +40,18 @@ def never() -> bool:
 
 
 def embed_source(
-  embed: Callable, source, *, size: int, batch_size: int, stopping=never
+  embed: Callable,
+  source,
+  *,
+  size: int,
+  batch_size: int,
+  crop: float = 0.875,
+  stopping=never,
 ) -> dict | None:
-  """Embeds every record of a source, in the mesh of the context.
+  """Embeds the pictures of every record of a source, in the mesh of the context.
 
   embed: `batch -> dict of arrays [B, d]`; batch["image"] is uint8 `[B, 1, S, S, 3]`.
+  size, crop: as in `images.crop_centrally`.
   Returns a dict of arrays `[N', d]`, split over the devices, with "label" and "index"
   `[N']`: -1 in rows that only fill up the last batch. The order of the rows is not that
   of the records; "index" has it. None if `stopping()` on the way.
@@ -44,14 +62,52 @@ def embed_source(
   rows = sharding.process_rows(batch_size, mesh)
   parts = []
   for batch in pipeline.eval_batches(
-    source, batch_size=batch_size, rows=rows, size=size
+    source, batch_size=batch_size, rows=rows, size=size, crop=crop
   ):
     if stopping():
       return None
     batch.setdefault("label", np.full(len(batch["index"]), -1, np.int32))
+    # Captions are embedded on their own: a picture may have several.
+    batch = {k: v for k, v in batch.items() if k not in ("text", "text_mask")}
     batch = sharding.to_global(batch, mesh)
     parts.append(embed(batch) | {k: batch[k] for k in ("label", "index")})
   return {key: _join(*(part[key] for part in parts)) for key in parts[0]}
+
+
+def embed_captions(embed: Callable, source, *, batch_size: int = 256) -> dict:
+  """Embeds every caption of a source, in the mesh of the context.
+
+  embed: `batch -> dict of arrays [B, d]` of a batch of "text" and "text_mask".
+  Returns a dict of arrays `[M', d]`, split over the devices, with "index" `[M']`, the
+  record of each caption (-1 in rows that only fill up), and "tokens" `[M', L]`.
+  """
+  mesh = jax.sharding.get_mesh()
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  rows = sharding.process_rows(batch_size, mesh)
+  parts = []
+  for batch in pipeline.caption_batches(source, batch_size=batch_size, rows=rows):
+    batch = sharding.to_global(batch, mesh)
+    said = {key: batch[key] for key in ("text", "text_mask")}
+    parts.append(embed(said) | {"index": batch["index"], "tokens": batch["text"]})
+  return {key: _join(*(part[key] for part in parts)) for key in parts[0]}
+
+
+def embed_texts(embed: Callable, tokenizer, texts, *, batch_size: int = 256) -> dict:
+  """Embeds texts: arrays `[n, d]` by name, on every host."""
+  mesh = jax.sharding.get_mesh()
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  first, stop = sharding.process_rows(batch_size, mesh)
+  ids, mask, _ = tokenizer.encode(texts)
+  pad = [(0, -len(ids) % batch_size), (0, 0)]
+  ids, mask = np.pad(ids, pad, constant_values=tokenizer.pad_id), np.pad(mask, pad)
+  parts = []
+  for start in range(0, len(ids), batch_size):
+    mine = slice(start + first, start + stop)
+    batch = sharding.to_global({"text": ids[mine], "text_mask": mask[mine]}, mesh)
+    parts.append({key: fetch(z) for key, z in embed(batch).items()})
+  return {
+    key: np.concatenate([part[key] for part in parts])[: len(texts)] for key in parts[0]
+  }
 
 
 @jax.jit  # here, so that later evaluations find it compiled
@@ -62,100 +118,144 @@ def _join(*parts):
 
 
 def make_evaluate(
-  embed: Callable, augment_views, train_source, *, data, evals, batch_size
+  embed: Callable,
+  augment_views,
+  train_source,
+  *,
+  data,
+  evals,
+  batch_size,
+  start="untrained",
 ):
   """Builds the evaluation of a config.
 
   embed: a method's `embed`. augment_views: the augmentation of its training.
   train_source: the source of the training split. data, evals: sections of the config.
+  An evaluation is on the data set of the section `data`, unless it has a section "data"
+  of its own, whose keys take the place of those: {"source": ..., "test_split": ...}.
+  start: what step 0 is called, see below.
 
   Returns `evaluate(params, extra, step, final, writer=None, stopping=never)`. It gives
   metrics by name, such as "eval/knn/top1", or None if it was stopped. At step 0 come
-  baselines by the protocol of kNN: the untrained network, and for pictures in memory
-  their pixels, the same mean-centred, their colour histogram, and chance. With `final`
-  the evaluations run too that have `final_only`.
+  baselines: "eval/knn/untrained" and its like, the same evaluation before training
+  ("before" in the place of "untrained" where the weights were there already); and by
+  the protocol of kNN, for pictures in memory, their pixels, the same mean-centred,
+  their colour histogram, and chance. With `final` the evaluations run too that have
+  `final_only`.
+
+  Raises ValueError for an evaluation that does not exist or cannot be.
   """
   if not evals:
     return lambda *_, **__: {}
-  for label, options in evals.items():
-    if (name := options.get("name", label)) not in EVALS:
-      raise ValueError(f"no evaluation {name!r}; there are: {', '.join(EVALS)}")
-  if not train_source.class_names:  # such as a folder without class sub-folders
-    named = {label: options.get("name", label) for label, options in evals.items()}
-    evals = {k: v for k, v in evals.items() if named[k] not in NEEDS_LABELS}
-  test_source = sources.open_source(
-    data["source"], data["test_split"], data["data_dir"] or None
-  )
-  splits = {"train": train_source, "test": test_source}
-  classes = len(train_source.class_names or ())
+  opened = {"train": train_source}
+  plans = {
+    label: plan
+    for label, options in evals.items()
+    if (plan := _plan(label, options, data, opened)) is not None
+  }
 
   @jax.jit
   def features(params, extra, batch):
     return embed(params, extra, augment.to_float(batch))
 
   @jax.jit
-  def of_views(params, extra, batch):
+  def of_texts(params, extra, batch):
+    return embed(params, extra, batch)
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def of_views(params, extra, batch, filled):
     views = augment_views(jax.random.key(0), batch)["image"]
     pair = [embed(params, extra, {"image": views[:, v : v + 1]}) for v in range(2)]
-    filled = min(batch_size, len(test_source))  # the rest only fills up the batch
     return tuple(found["features"][:filled] for found in pair)
 
-  def embed_splits(embed, stopping):
-    found = {}
-    for split, source in splits.items():
-      found[split] = embed_source(
-        embed, source, size=data["size"], batch_size=batch_size, stopping=stopping
-      )
-      if found[split] is None:
-        return None
-    return found
+  def embed_split(embed, source, data, stopping):
+    return embed_source(
+      embed,
+      source,
+      size=data["size"],
+      crop=data.get("eval_crop", 0.875),
+      batch_size=batch_size,
+      stopping=stopping,
+    )
 
   def evaluate(params, extra, step, final, writer=None, stopping=never):
-    found = embed_splits(lambda batch: features(params, extra, batch), stopping)
-    if found is None:
-      return None
-    if data["views"] > 1:
-      found["test"]["views"] = views_of_test(params, extra)
-    metrics = {"eval/records": float(len(test_source))}
-    for label, options in evals.items():
-      kwargs = dict(options)
-      run = EVALS[name := kwargs.pop("name", label)]
-      if kwargs.pop("final_only", False) and not final:
+    cache = {}
+    of_picture = lambda batch: features(params, extra, batch)
+    of_text = lambda batch: of_texts(params, extra, batch)
+
+    def embedded(source, data):
+      """Every source once for all evaluations; None if stopped."""
+      if id(source) not in cache:
+        cache[id(source)] = embed_split(of_picture, source, data, stopping)
+      return cache[id(source)]
+
+    metrics = {}
+    for label, plan in plans.items():
+      if plan.final_only and not final:
         continue
-      values = run(found["train"], found["test"], classes, **kwargs)
+      train = plan.train and embedded(plan.train, plan.data)
+      test = embedded(plan.test, plan.data)
+      if test is None or (plan.train and train is None):
+        return None
+      if plan.name == "diagnostics" and data["views"] > 1:
+        test = test | {"views": views_of(plan, params, extra)}
+      task = Task(
+        plan.test.name,
+        plan.test.class_names or (),
+        lambda texts: embed_texts(of_text, train_source.tokenizer, texts),
+        lambda source=plan.test: embed_captions(of_text, source),
+      )
+      values = EVALS[plan.name](train, test, task, **plan.options)
       # At step 0 the untrained network may well look collapsed.
-      if name == "diagnostics" and step and (line := diagnostics.warning(values)):
+      if plan.name == "diagnostics" and step and (line := diagnostics.warning(values)):
         print(line, flush=True)
+      metrics["eval/records"] = float(len(plan.test))
       metrics |= {f"eval/{label}/{key}": value for key, value in values.items()}
-    if step == 0 and "eval/knn/top1" in metrics:
-      metrics["eval/knn/untrained"] = metrics["eval/knn/top1"]
-      if train_source.arrays is not None:  # pixels of photographs say nothing
-        found = baselines(stopping)
-        if found is None:
-          return None
-        metrics |= found
-    elif writer is not None and jax.process_count() == 1:
-      picture = _neighbours(found["train"], found["test"], splits, data["size"])
+    if step == 0:
+      for label in plans:
+        for key, name in BASELINES.items():
+          if (full := f"eval/{label}/{key}") in metrics:
+            metrics[f"eval/{label}/{name.format(start)}"] = metrics[full]
+    plan = plans.get("knn")
+    if plan is None or "eval/knn/top1" not in metrics:
+      return metrics
+    # Pixels of photographs say nothing.
+    if step == 0 and plan.train.arrays is not None:
+      found = baselines(plan, stopping)
+      return None if found is None else metrics | found
+    if step and writer is not None and jax.process_count() == 1:
+      picture = _neighbours(
+        cache[id(plan.train)], cache[id(plan.test)], plan, plan.data["size"]
+      )
       writer.picture("neighbours", picture, step)
     return metrics
 
-  def views_of_test(params, extra):
+  def views_of(plan, params, extra):
     mesh = jax.sharding.get_mesh()
     rows = sharding.process_rows(batch_size, mesh)
     batches = pipeline.eval_batches(
-      test_source, batch_size=batch_size, rows=rows, size=data["size"]
+      plan.test, batch_size=batch_size, rows=rows, size=plan.data["size"]
     )
-    return of_views(params, extra, sharding.to_global(next(iter(batches)), mesh))
+    batch = sharding.to_global({"image": next(iter(batches))["image"]}, mesh)
+    # The rest of the rows only fills up the batch.
+    return of_views(params, extra, batch, min(batch_size, len(plan.test)))
 
-  def baselines(stopping):
-    kwargs = {k: v for k, v in evals["knn"].items() if k not in ("name", "layer")}
+  def baselines(plan, stopping):
+    kwargs = {k: v for k, v in plan.options.items() if k != "layer"}
+    task = Task(plan.test.name, plan.test.class_names, None, None)
 
     def knn(found):
-      return EVALS["knn"](found["train"], found["test"], classes, **kwargs)["top1"]
+      return EVALS["knn"](found["train"], found["test"], task, **kwargs)["top1"]
 
     def of_pictures(describe):
       embed = lambda b: {"features": describe(augment.to_float(b)["image"][:, 0])}
-      return embed_splits(jax.jit(embed), stopping)
+      found = {}
+      for split in ("train", "test"):
+        source = getattr(plan, split)
+        found[split] = embed_split(jax.jit(embed), source, plan.data, stopping)
+        if found[split] is None:
+          return None
+      return found
 
     metrics = {}
     if (found := of_pictures(color_histogram)) is None:
@@ -169,14 +269,58 @@ def make_evaluate(
     for split in found.values():
       split["features"] = split["features"] - mean
     metrics["eval/knn/centered_pixels"] = knn(found)
-    counts = np.bincount(test_source.arrays["label"] + 1)[1:]
+    counts = np.bincount(plan.test.arrays["label"] + 1)[1:]
     metrics["eval/knn/chance"] = float(counts.max() / counts.sum())
     return metrics
 
   return evaluate
 
 
-def _neighbours(train: dict, test: dict, splits, size: int, rows=8, columns=8):
+class _Plan(NamedTuple):
+  """One evaluation of a config, its data opened."""
+
+  name: str
+  options: dict
+  final_only: bool
+  data: dict
+  train: Any  # a Source, or None where the evaluation does not need it
+  test: Any
+
+
+def _plan(label: str, options, data: dict, opened: dict) -> _Plan | None:
+  """None where the data have no labels for it. opened: sources of `data`, by split."""
+  options = dict(options)
+  name, own = options.pop("name", label), options.pop("data", None)
+  if name not in EVALS:
+    raise ValueError(f"no evaluation {name!r}; there are: {', '.join(EVALS)}")
+  tokenizer = opened["train"].tokenizer
+  if name in NEEDS_TEXT and tokenizer is None:
+    raise ValueError(f"evaluation {label!r} needs texts: the config has no data.text")
+  if own:
+    data = {**data, **own}
+    if name != "retrieval":  # the only one that asks for captions
+      data["text"] = None
+    train = sources.open_config(data, "train_split") if name in NEEDS_TRAIN else None
+    like = dataclasses.replace(
+      train or opened["train"],
+      class_names=train.class_names if train else None,
+      tokenizer=tokenizer if name == "retrieval" else None,
+    )
+    test = sources.open_config(data, "test_split", like)
+  else:
+    train = opened["train"]
+    if "test" not in opened:
+      opened["test"] = sources.open_config(data, "test_split", train)
+    test = opened["test"]
+  if name in NEEDS_LABELS and "label" not in test.keys:
+    return None
+  final_only = options.pop("final_only", False)
+  return _Plan(
+    name, options, final_only, data, train if name in NEEDS_TRAIN else None, test
+  )
+
+
+def _neighbours(train: dict, test: dict, plan, size: int, rows=8, columns=8):
   """A picture: some test records, and to the right of each its nearest in training."""
   unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
   first = jnp.argsort(jnp.where(test["index"] < 0, 2**31 - 1, test["index"]))[:rows]
@@ -188,8 +332,8 @@ def _neighbours(train: dict, test: dict, splits, size: int, rows=8, columns=8):
   pictures = [
     np.concatenate(
       [
-        _pictures(splits["test"], records[r : r + 1], size),
-        _pictures(splits["train"], picked[r], size),
+        _pictures(plan.test, records[r : r + 1], size),
+        _pictures(plan.train, picked[r], size),
       ]
     )
     for r in range(len(records))
@@ -212,7 +356,13 @@ def _pictures(source, records, size: int) -> np.ndarray:
 
 def best_metric(evals: dict) -> str | None:
   """The metric whose highest value marks the best checkpoint."""
-  named = (f"eval/{label}/top1" for label in evals if label in ("knn", "linear_probe"))
+  best = {
+    "zeroshot": "top1",
+    "retrieval": "text_to_image/recall@10",
+    "knn": "top1",
+    "linear_probe": "top1",
+  }
+  named = (f"eval/{label}/{best[label]}" for label in best if label in evals)
   return next(named, None)
 
 
@@ -226,8 +376,9 @@ def _table(values: dict[str, float], evals: dict) -> str:
   """Metrics "eval/LABEL/..." with the protocol of each evaluation beside the first."""
   rows = []
   for label, options in evals.items():
-    shown = {"layer": "features"} | options
-    protocol = ", ".join(f"{k} {v}" for k, v in shown.items() if k != "name")
+    layer = {} if options.get("name", label) in NEEDS_TEXT else {"layer": "features"}
+    shown = {k: v for k, v in (layer | options).items() if k != "name"}
+    protocol = ", ".join(f"{k} {v}" for k, v in shown.items())
     for key in sorted(k for k in values if k.startswith(f"eval/{label}/")):
       rows.append((key.removeprefix("eval/"), f"{values[key]:.4f}", protocol))
       protocol = ""
@@ -239,13 +390,17 @@ class Loaded(NamedTuple):
 
   embed: `(params, extra, batch) -> dict of arrays [B, d]`, "features" among them.
   preprocess: a list of file names, bytes, PIL pictures or uint8 arrays `[H, W, 3]` ->
-    batch. config: what it was trained with. step: of the checkpoint.
+    batch. tokenize: a list of texts -> batch, for methods with a text tower, by the
+    vocabulary that the run was trained with; else None. tokenizer: that one, or None.
+    config: what it was trained with. step: of the checkpoint.
   """
 
   embed: Callable
   params: Any
   extra: Any
   preprocess: Callable
+  tokenize: Callable | None
+  tokenizer: Any
   config: dict
   step: int
 
@@ -257,6 +412,12 @@ def load(directory, step: int | None = None) -> Loaded:
     batch = model.preprocess(["one.jpg", "two.png"])
     features = model.embed(model.params, model.extra, batch)["features"]
 
+  Where pictures and texts were trained together, both have a place in one space:
+
+    text = model.tokenize(["a red star"])
+    z = model.embed(model.params, model.extra, batch | text)
+    cosine = losses.l2_normalize(z["image"]) @ losses.l2_normalize(z["text"]).T
+
   Raises ValueError or CheckpointError, one line, where there is none.
   """
   config = workdir.read_config(directory)
@@ -267,14 +428,34 @@ def load(directory, step: int | None = None) -> Loaded:
       raise checkpoint.CheckpointError(f"{directory} has no intact checkpoint")
   state = checkpoints.restore_tree(step)
   method = make_method(config["method"], config["model"])
-  size = config["data"]["size"]
+  data = config["data"]
+  size, crop = data["size"], data.get("eval_crop", 0.875)
+  tokenizer = None
+  if data.get("text"):
+    saved = text.load(epath.Path(directory) / "tokenizer")
+    tokenizer = text.check(saved, data["text"])
+    text.check_fingerprint(
+      tokenizer, checkpoints.clock(step).get("tokenizer"), directory
+    )
 
   def preprocess(pictures):
-    ready = np.stack([images.crop_centrally(_pixels(p), size) for p in pictures])
-    return augment.to_float({"image": jnp.asarray(ready[:, None])})
+    ready = [images.crop_centrally(_pixels(p), size, crop) for p in pictures]
+    return augment.to_float({"image": jnp.asarray(np.stack(ready)[:, None])})
 
-  embed = jax.jit(method.embed)
-  return Loaded(embed, state["params"], state["extra"], preprocess, config, step)
+  def tokenize(texts):
+    ids, mask, _ = tokenizer.encode([texts] if isinstance(texts, str) else list(texts))
+    return {"text": jnp.asarray(ids), "text_mask": jnp.asarray(mask)}
+
+  return Loaded(
+    jax.jit(method.embed),
+    state["params"],
+    state["extra"],
+    preprocess,
+    tokenize if tokenizer else None,
+    tokenizer,
+    config,
+    step,
+  )
 
 
 def _pixels(picture) -> np.ndarray:
@@ -312,9 +493,9 @@ def run(directory, step: int | None, names: str | None) -> str:
   if names:
     evals = {name: evals.get(name, {}) for name in names.split(",")}
   model = load(directory, step)
-  source = sources.open_source(
-    data["source"], data["train_split"], data["data_dir"] or None
-  )
+  source = sources.open_config(data, "train_split")
+  if model.tokenizer is not None:
+    source = sources.tokenized(source, model.tokenizer)
   mesh = sharding.make_mesh(**config["mesh"])
   sharding.check_batch_size(config["batch_size"], mesh)
   with jax.set_mesh(mesh):

@@ -89,6 +89,7 @@ def eval_batches(
   *,
   batch_size: int,
   size: int,
+  crop: float = 0.875,
   rows: tuple[int, int] | None = None,
   threads: int | None = None,
 ) -> Iterator[Batch]:
@@ -97,7 +98,8 @@ def eval_batches(
   Args:
     source: what to read.
     batch_size: rows of the global batch.
-    size: side of the pictures; see `images.crop_centrally`.
+    size, crop: side of the pictures, and share of the shorter side that is kept; see
+      `images.crop_centrally`.
     rows: first row and end of the rows of each global batch to give; None: all.
     threads: that decode; None: one a processor.
 
@@ -117,7 +119,7 @@ def eval_batches(
     source,
     positions,
     lambda positions: positions,
-    lambda position, picture: images.crop_centrally(picture, size)[None],
+    lambda position, picture: images.crop_centrally(picture, size, crop)[None],
     lambda position, count: 0,
     (1, size, size, 3),
     count=-(-len(source) // batch_size),
