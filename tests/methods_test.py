@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clj import optim, sharding, train
-from clj.data import pipeline, sources
+from clj.data import pipeline, sources, text
 from clj.methods import METHODS, make_method
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_steps.json"
@@ -57,7 +57,13 @@ def program(name, devices):
 @functools.cache
 def source(name):
   data = smoke(name)["data"]
-  return sources.open_source(data["source"], data["train_split"], data["data_dir"])
+  opened = sources.open_config(data, "train_split")
+  if not data.get("text"):
+    return opened
+  tokenizer = text.open_tokenizer(
+    captions=lambda: sources.captions_of(opened), **data["text"]
+  )
+  return sources.tokenized(opened, tokenizer)
 
 
 def batches(name, step):

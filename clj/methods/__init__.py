@@ -1,9 +1,10 @@
 """Every method of clj: a name for configs -> the function that builds it."""
 
 from clj.method import Method, with_probe
-from clj.methods import simclr
+from clj.methods import clip, simclr
 
 METHODS = {
+  "clip": clip.make,
   "simclr": simclr.make,
 }
 
