@@ -19,6 +19,7 @@ FREE = (
   "profile",
   "data.data_dir",
   "data.threads",
+  "data.text.tokenizer",  # a path, perhaps: the run's own copy decides
 )
 
 # Of these keys, what may differ between the processes of a run.

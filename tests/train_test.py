@@ -318,6 +318,9 @@ def test_the_tokenizer_travels_with_the_run(tmp_path, capsys):
   with pytest.raises(ValueError, match="there is no tokenizer in"):
     train(tmp_path, **config)
   (tmp_path / "tokenizer" / "settings.json").write_text(settings)
+  bpe = data | {"text": data["text"] | {"tokenizer": "bpe"}}
+  with pytest.raises(ValueError, match="another kind of vocabulary, 'words'"):
+    train(tmp_path, **config | {"data": bpe})
   assert train(tmp_path, **config) == 0
   assert "going on from step 1" in capsys.readouterr().out
   assert text.load(tmp_path / "tokenizer").settings == saved.settings

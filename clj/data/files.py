@@ -158,6 +158,11 @@ def resolve(name: str, split: str) -> dict[str, list[str]]:
   `{00000..00099}`.
   """
   pattern = os.path.expanduser(name.partition(":")[2])
+  if "://" in pattern:
+    raise DataError(
+      f"{name} is not on a disk of this machine; copy it there, or read a data set that"
+      " python -m clj.data.ingest made from it"
+    )
   words = ["train"]
   if "{split}" in pattern:
     words = re.findall(r"[A-Za-z_]\w*", re.sub(r"\[[^]]*\]", "", split))
@@ -165,11 +170,7 @@ def resolve(name: str, split: str) -> dict[str, list[str]]:
   for word in words:
     found[word] = []
     for each in _numbered(pattern.replace("{split}", word)):
-      if "://" in each:
-        folder, _, last = each.rpartition("/")
-        paths = [os.fspath(path) for path in epath.Path(folder).glob(last)]
-      else:
-        paths = glob.glob(each)
+      paths = glob.glob(each)
       if not paths:
         raise DataError(f"{name} {split}: there is no such file as {each}")
       found[word] += sorted(paths)

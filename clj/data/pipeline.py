@@ -6,6 +6,7 @@ state there is, and neither a restart nor the number of hosts, processes or thre
 changes a single pixel.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -139,21 +140,7 @@ def caption_batches(
     batch.
   """
   first, stop = _rows(rows, batch_size)
-  if source.text is not None:
-    ids, mask, _ = source.text
-    index = np.repeat(source.arrays["index"], np.diff(source.text.first))
-    # What stands in for a corrupt record has its captions already.
-    own = np.repeat(np.arange(len(source)), np.diff(source.text.first)) == index
-    ids, mask, index = ids[own], mask[own], index[own]
-  else:
-    captions, index = [], []
-    for block in np.array_split(np.arange(len(source)), -(-len(source) // 256)):
-      for i, record in zip(block, source.read(block)):
-        said = [] if isinstance(record, Exception) else record["caption"]
-        captions += said
-        index += [i] * len(said)
-    ids, mask, _ = source.tokenizer.encode(captions)
-    index = np.array(index, np.int32)
+  ids, mask, index = _all_captions(source)
   for start in range(0, len(index), batch_size):
     mine = slice(start + first, start + stop)
     fill = stop - first - len(index[mine])
@@ -165,6 +152,25 @@ def caption_batches(
       "text_mask": pad(mask[mine], False),
       "index": pad(index[mine], -1),
     }
+
+
+@functools.lru_cache(maxsize=2)  # what is streamed is read for its captions once
+def _all_captions(source):
+  """ids [M, L], mask [M, L] and record [M] of every caption of a source."""
+  if source.text is not None:
+    ids, mask, first = source.text
+    index = np.repeat(source.arrays["index"], np.diff(first))
+    # What stands in for a corrupt record has its captions already.
+    own = np.repeat(np.arange(len(source)), np.diff(first)) == index
+    return ids[own], mask[own], index[own]
+  captions, index = [], []
+  for block in np.array_split(np.arange(len(source)), -(-len(source) // 256)):
+    for i, record in zip(block, source.read(block)):
+      said = [] if isinstance(record, Exception) else record["caption"]
+      captions += said
+      index += [i] * len(said)
+  ids, mask, _ = source.tokenizer.encode(captions)
+  return ids, mask, np.array(index, np.int32)
 
 
 def _rows(rows, batch_size):

@@ -261,6 +261,10 @@ def _strings(records, field):
   """The distinct strings of a field, sorted."""
   from tensorflow_datasets import features as kinds
 
+  if len(records) > 100_000:
+    logging.getLogger(__name__).warning(
+      "reading all %d records for the classes of %r", len(records), field
+    )
   feature = kinds.FeaturesDict({field: kinds.Text()})
   found = set()
   for start in range(0, len(records), 1024):
