@@ -11,9 +11,10 @@ import pytest
 from fixtures import make_interop
 from safetensors.numpy import load_file, save_file
 
-from clj import interop, models
+import clj
+from clj import interop, losses, models
 from clj.init_from import init_from
-from clj.interop import architecture, files, layouts
+from clj.interop import architecture, convert, files, layouts
 from clj.train import TrainState
 
 FIXTURE = json.loads(make_interop.FIXTURE.read_text())
@@ -47,8 +48,8 @@ def write(directory, name: str) -> interop.Weights:
 
 def towers(described: dict, case: dict, **kwargs):
   """Both networks, and a fresh state."""
-  image = models.image(**described["model"]["image"] | kwargs)
-  text = models.text(**described["model"]["text"] | kwargs)
+  image = models.image(**described.model["image"] | kwargs)
+  text = models.text(**described.model["text"] | kwargs)
   side = CASES[case]["size"]
   ids, mask = make_interop.texts(*(CASES[case][k] for k in ("length", "pad", "end")))
 
@@ -56,20 +57,18 @@ def towers(described: dict, case: dict, **kwargs):
     params, extra = {}, {}
     params["image"], extra["image"] = image.init(key, jnp.zeros((1, side, side, 3)))
     params["text"], extra["text"] = text.init(key, ids, mask)
-    width = described["method"]["width"]
+    width = described.method["width"]
     for tower, features in (("image", "width"), ("text", "width")):
-      head = described["method"][f"{tower}_head"]
+      head = described.method[f"{tower}_head"]
       if head != "none":
         kind = {"image": models.IMAGE, "text": models.TEXT}[tower]
-        module = kind[(options := dict(described["model"][tower])).pop("name")](
-          **options
-        )
+        module = kind[(options := dict(described.model[tower])).pop("name")](**options)
         kernel = jnp.zeros((getattr(module, features), width))
         params[f"{tower}_head"] = {"kernel": kernel}
         if head == "affine":
           params[f"{tower}_head"]["bias"] = jnp.zeros(width)
     params["log_scale"] = jnp.zeros(())
-    if described["method"]["loss"] == "sigmoid":
+    if described.method["loss"] == "sigmoid":
       params["bias"] = jnp.zeros(())
     return params, extra
 
@@ -247,7 +246,7 @@ def test_every_array_is_accounted_for(tmp_path):
   assert "kept fresh (1):\n    params/text/ln_post/bias" in report
   assert "refused (1):\n    params/image_head/kernel: (80, 7) there" in report
   assert "not used (1):\n    visual.attn_pool.query" in report
-  assert "made for image activation gelu, eps 1e-05, heads 4" in report
+  assert "made for image eps 1e-05, activation gelu, heads 4; text eps" in report
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -280,7 +279,7 @@ def test_published_models_are_known_by_their_shapes():
           shapes[full.replace("/blocks/", f"/block{i}/")] = layer
       given = ("activation", "eps", "mean", "std", "causal", "pool")
       facts[tower] = {k: module[k] for k in given if k in module}
-    found = architecture.describe(shapes, facts)["model"]
+    found = architecture.describe(shapes, facts).model
     for tower, registry in (("image", models.IMAGE), ("text", models.TEXT)):
       options = dict(found[tower])
       same = registry[options.pop("name")](**options)
@@ -361,3 +360,146 @@ def test_a_file_cut_short_is_one_line(tmp_path):
     interop.read(tmp_path / "a.safetensors")
   with pytest.raises(ValueError, match="no such file"):
     interop.read(tmp_path / "b.safetensors")
+
+
+def batch_of(case: str) -> dict:
+  ids, mask = make_interop.texts(*(CASES[case][k] for k in ("length", "pad", "end")))
+  pictures = make_interop.images(CASES[case]["size"])[:, None]
+  return {"image": pictures, "text": ids, "text_mask": mask}
+
+
+def logits_of(workdir, case: str) -> np.ndarray:
+  loaded = clj.load(workdir)
+  z = loaded.embed(loaded.params, loaded.extra, batch_of(case))
+  x, y = (losses.l2_normalize(z[key]) for key in ("image", "text"))
+  logits = x @ y.T * jnp.exp(loaded.params["log_scale"])
+  return np.asarray(logits) + np.asarray(loaded.params.get("bias", 0.0))
+
+
+@pytest.mark.parametrize("case", ["hf_clip", "hf_siglip", "open_clip_resnet"])
+def test_convert_writes_a_workdir_and_gives_the_weights_back(case, tmp_path, capsys):
+  layout = write(tmp_path, case).layout
+  source, workdir, back = tmp_path / "model.safetensors", tmp_path / "w", tmp_path / "b"
+  assert convert.main([str(source), str(workdir)]) == 0
+  assert "kept fresh" not in capsys.readouterr().out
+  expected = np.array(CASES[case]["logits_per_image"])
+  np.testing.assert_allclose(logits_of(workdir, case), expected, atol=1e-4, rtol=0)
+
+  assert convert.main([str(workdir), str(back), f"--layout={layout}"]) == 0
+  found = files.open_tensors(back)
+  tensors = {
+    name: value
+    for name, value in weights_of(case).items()
+    if not layouts.DROPPED.search(name)
+  }
+  assert found.keys() == tensors.keys()
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+  # What was written beside them describes the same model.
+  first, second = (convert.read(path) for path in (source, back))
+  assert (first.method, first.model) == (second.method, second.model)
+  assert (first.size, first.crop) == (second.size, second.crop)
+
+
+def test_convert_between_layouts(tmp_path):
+  write(tmp_path, "open_clip_vit")
+  convert.main([str(tmp_path), str(tmp_path / "hf"), "--layout=hf_clip"])
+  convert.main([str(tmp_path / "hf"), str(tmp_path / "w")])
+  found = logits_of(tmp_path / "w", "open_clip_vit")
+  expected = np.array(CASES["open_clip_vit"]["logits_per_image"])
+  np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+  arguments = [str(tmp_path / "hf"), str(tmp_path / "half"), "--layout=open_clip"]
+  assert convert.main([*arguments, "--dtype=bfloat16"]) == 0
+  half = files.open_tensors(tmp_path / "half")
+  original = weights_of("open_clip_vit")
+  assert half.keys() == original.keys()
+  for name, value in original.items():
+    np.testing.assert_array_equal(half[name], value.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize(
+  "case, arguments, message",
+  [
+    ("hf_siglip", ["--layout=hf_clip"], "no place for 18 arrays, such as params/bias"),
+    ("hf_clip", ["--layout=hf_siglip"], "hf_siglip has no place for 5 arrays"),
+    ("hf_clip", ["--layout=hf"], "no layout 'hf'; there are: open_clip"),
+    ("hf_clip", ["--layout=hf_clip", "--dtype=int8"], "no dtype 'int8'"),
+    ("hf_siglip", ["--layout=open_clip_siglip"], "timm has no tower of width"),
+    ("hf_clip", ["--config.seed=1"], "flag 'config.seed'"),
+  ],
+)
+def test_convert_refuses_in_one_line(case, arguments, message, tmp_path, capsys):
+  write(tmp_path, case)
+  assert convert.main([str(tmp_path), str(tmp_path / "out"), *arguments]) == 1
+  error = capsys.readouterr().err.strip()
+  assert message in error and "\n" not in error
+  assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_what_it_does_not_know(tmp_path, capsys):
+  write(tmp_path, "hf_clip")
+  tensors = weights_of("hf_clip")
+  save_file(tensors | {"vision_model.x": np.zeros(2)}, tmp_path / "model.safetensors")
+  assert convert.main([str(tmp_path), str(tmp_path / "w")]) == 1
+  assert "such as vision_model.x" in capsys.readouterr().err
+  del tensors["text_projection.weight"]
+  save_file(tensors, tmp_path / "model.safetensors")
+  assert convert.main([str(tmp_path), str(tmp_path / "out"), "--layout=hf_clip"]) == 1
+  assert "needs text_projection.weight" in capsys.readouterr().err
+
+
+def published(case: str):
+  """A model of another project, made by it, with drawn weights."""
+  config = CASES[case]["config"]
+  if case.startswith("hf"):
+    transformers = pytest.importorskip("transformers")
+    name = "Siglip" if case == "hf_siglip" else "CLIP"
+    config = getattr(transformers, f"{name}Config")(**config)
+    return make_interop.fill(getattr(transformers, f"{name}Model")(config))
+  open_clip = pytest.importorskip("open_clip.model")
+  return make_interop.fill(open_clip.CLIP(**config["model_cfg"]))
+
+
+def opened(case: str, directory):
+  """The directory, opened by the project that it was written for."""
+  if case.startswith("hf"):
+    transformers = pytest.importorskip("transformers")
+    name = "SiglipModel" if case == "hf_siglip" else "CLIPModel"
+    return getattr(transformers, name).from_pretrained(directory).eval()
+  open_clip = pytest.importorskip("open_clip")
+  return open_clip.create_model(f"local-dir:{directory}").eval()
+
+
+def theirs(model, case: str) -> np.ndarray:
+  import torch
+
+  torch.set_num_threads(1)
+  ids = torch.from_numpy(batch_of(case)["text"]).long()
+  pixels = make_interop.pixels(CASES[case]["size"])
+  with torch.no_grad():
+    if case.startswith("hf"):
+      return model(ids, pixels).logits_per_image.numpy()
+    return model.get_logits(pixels, ids)[0].numpy()
+
+
+@pytest.mark.parametrize(
+  "case", ["hf_clip", "hf_clip_old", "hf_siglip", "open_clip_vit", "open_clip_resnet"]
+)
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_live_models_in_both_directions(case, tmp_path):
+  """Where PyTorch is installed: their weights here, and ours there."""
+  model = published(case)
+  write(tmp_path, case)  # for the files beside the weights
+  state = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+  save_file(state, tmp_path / "model.safetensors")
+  expected = theirs(model, case)
+  assert convert.main([str(tmp_path), str(tmp_path / "w")]) == 0
+  np.testing.assert_allclose(
+    logits_of(tmp_path / "w", case), expected, atol=1e-4, rtol=0
+  )
+  layout = interop.read(tmp_path).layout
+  arguments = [str(tmp_path / "w"), str(tmp_path / "b"), f"--layout={layout}"]
+  assert convert.main(arguments) == 0
+  again = theirs(opened(case, tmp_path / "b"), case)
+  np.testing.assert_allclose(again, expected, atol=1e-6, rtol=0)

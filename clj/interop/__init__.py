@@ -2,18 +2,17 @@
 
 `layouts` has one table of names and transposes a layout: OpenAI's CLIP and open_clip
 (vision transformers and modified ResNets, SigLIP), CLIP and SigLIP of Hugging Face.
-`architecture` finds out what model the weights are of. `convert` is the command:
+`beside` reads and writes the files that lie beside the weights, `architecture` finds
+out what model the weights are of, `convert` is the command:
 
     python -m clj.interop.convert SOURCE TARGET [--layout=NAME]
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
-from clj.interop import architecture, files, layouts
+from clj.interop import beside, files, layouts
 
 
 class Weights(NamedTuple):
@@ -22,7 +21,7 @@ class Weights(NamedTuple):
   layout: its name, a key of `layouts.LAYOUTS`.
   leaves: "params/image/encoder/block0/ln1/scale" -> array, a view of the file.
   unknown: tensors that the layout's table does not have.
-  facts: what shapes do not tell, see `architecture`.
+  facts: what shapes do not tell, see `beside`.
   """
 
   layout: str
@@ -46,15 +45,7 @@ def read(path) -> Weights | None:
     return None
   found, unknown = layouts.exchange(layout, tensors)
   leaves = {name: value for name, (value,) in found.items()}
-  beside = lambda name: _json(file.parent / name)
-  if layout.startswith("hf"):
-    facts = architecture.hf_facts(
-      layout, beside("config.json"), beside("preprocessor_config.json")
-    )
-  else:
-    facts = architecture.open_clip_facts(
-      layout, beside("open_clip_config.json"), openai
-    )
+  facts = beside.facts(layout, file.parent, openai)
   return Weights(layout, leaves, {name: tensors[name] for name in unknown}, facts)
 
 
@@ -74,12 +65,3 @@ def _without_prefix(tensors: dict) -> dict:
     if tensors and all(name.startswith(prefix) for name in tensors):
       tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
   return tensors
-
-
-def _json(path: epath.Path) -> dict:
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path}: no JSON: {error}") from None

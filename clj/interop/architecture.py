@@ -1,102 +1,31 @@
-"""What a model is, from the shapes of its leaves and the file beside its weights.
+"""What a model is, from the shapes of its leaves.
 
 Shapes tell the sizes. They do not tell the number of attention heads, the activation,
 the epsilon of the layer norms, how texts are pooled and how pixels are normalised:
-those come from the configuration that the other projects keep beside their weights
-("facts" here), or from the layout where every model of it is alike.
+those are "facts", from the files beside the weights (`beside`) or from the user.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from clj import models
 
-CLIP_PIXELS = {
-  "mean": (0.48145466, 0.4578275, 0.40821073),
-  "std": (0.26862954, 0.26130258, 0.27577711),
-}
-SIGLIP_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-HF_ACTIVATIONS = {
-  "quick_gelu": "quick_gelu",
-  "gelu": "gelu",
-  "gelu_pytorch_tanh": "gelu_tanh",
-}
 
+class Model(NamedTuple):
+  """A model of two towers, wherever it came from.
 
-def hf_facts(layout: str, config: dict, preprocessor: dict) -> dict:
-  """What config.json and preprocessor_config.json of Hugging Face say."""
-  siglip = layout == "hf_siglip"
-  default = {
-    "hidden_act": "gelu_pytorch_tanh" if siglip else "quick_gelu",
-    "layer_norm_eps": 1e-6 if siglip else 1e-5,
-  }
-  facts = {"image": {}, "text": {}}
-  for tower, heads in (("image", 12), ("text", 12 if siglip else 8)):
-    section = config.get({"image": "vision_config"}.get(tower, "text_config")) or {}
-    said = default | {"num_attention_heads": heads} | section
-    if config:  # what it does not say is a default there
-      facts[tower]["heads"] = said["num_attention_heads"]
-    if config or siglip:
-      if said["hidden_act"] not in HF_ACTIVATIONS:
-        raise ValueError(
-          f"hidden_act {said['hidden_act']!r} of the {tower} tower is not known here; "
-          f"there are {', '.join(HF_ACTIVATIONS)}"
-        )
-      facts[tower]["activation"] = HF_ACTIVATIONS[said["hidden_act"]]
-    facts[tower]["eps"] = said["layer_norm_eps"]
-  facts["size"] = (config.get("vision_config") or {}).get("image_size")
-  pixels = SIGLIP_PIXELS if siglip else CLIP_PIXELS
-  facts["image"] |= {
-    "mean": tuple(preprocessor.get("image_mean", pixels["mean"])),
-    "std": tuple(preprocessor.get("image_std", pixels["std"])),
-  }
-  if siglip:
-    facts["text"] |= {"causal": False, "pool": "last"}
-  else:
-    # 2 is a wrong id that stayed in old files; the highest id is meant (and taken).
-    text = config.get("text_config") or {}
-    highest = text.get("vocab_size", 49408) - 1
-    end = text.get("eos_token_id", highest)
-    pool = "highest" if end in (2, highest) else "end"
-    facts["text"] |= {"causal": True, "pool": pool}
-  return facts
+  leaves: name -> array, layers as "block0", "block1", ...
+  method, model: these sections of a config. size: side of its images. crop:
+  `data.eval_crop`; 0: squashed. end: id of the token that ends a text, if it is known.
+  """
 
-
-def open_clip_facts(layout: str, config: dict, openai: bool) -> dict:
-  """What open_clip_config.json says, or that the file is one of OpenAI's."""
-  model = config.get("model_cfg", {})
-  vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-  pixels = config.get("preprocess_cfg", {})
-  siglip = layout == "open_clip_siglip"
-  facts = {"image": {}, "text": {}, "size": vision.get("image_size")}
-  # SigLIP was trained with the tanh form; open_clip computes the exact one for some.
-  quick = "quick_gelu" if model.get("quick_gelu") or openai else "gelu"
-  for tower, section in (("image", vision), ("text", text)):
-    tanh = (section.get("act_kwargs") or {}).get("approximate") == "tanh"
-    if siglip or tanh:
-      facts[tower]["activation"] = "gelu_tanh"
-    elif model or openai:
-      facts[tower]["activation"] = quick
-    eps = (section.get("norm_kwargs") or {}).get("eps", 1e-6 if siglip else 1e-5)
-    facts[tower]["eps"] = eps
-  if isinstance(vision.get("width"), int) and "head_width" in vision:
-    facts["image"]["heads"] = vision["width"] // vision["head_width"]
-  if "heads" in text:
-    facts["text"]["heads"] = text["heads"]
-  default = SIGLIP_PIXELS if siglip else CLIP_PIXELS
-  for key in ("mean", "std"):
-    facts["image"][key] = tuple(pixels.get(key, default[key]))
-  pools = {"argmax": "highest", "eos": "end", "last": "last"}
-  pool = text.get("pool_type", "last" if siglip else "argmax")
-  if pool not in pools:
-    raise ValueError(f"text pooling {pool!r} is not known here; {', '.join(pools)} are")
-  facts["text"] |= {
-    "causal": not text.get("no_causal_mask", siglip),
-    "pool": pools[pool],
-  }
-  if vision.get("pool_type", "tok") == "avg":
-    facts["image"]["pool"] = "mean"
-  return facts
+  leaves: dict
+  method: dict
+  model: dict
+  size: int
+  crop: float
+  end: int | None = None
 
 
 def heads(tower: str, width: int) -> int:
@@ -105,12 +34,12 @@ def heads(tower: str, width: int) -> int:
   return 16 if width in sixteen else max(1, width // 64)
 
 
-def describe(leaves: dict, facts: dict) -> dict:
-  """The sections `method` and `model` of a config, and the images' side "size".
+def describe(leaves: dict, facts: dict) -> Model:
+  """Finds out what model the leaves are of.
 
   leaves: name -> anything with a shape, layers as "block0", "block1", ...
-  facts: "image" and "text": fields of the towers that shapes do not tell; "size".
-  Raises ValueError where the activation is unknown.
+  facts: what shapes do not tell, see `beside`.
+  Raises ValueError where a tower is missing or the activation unknown.
   """
   shapes = {name: leaf.shape for name, leaf in leaves.items()}
   for tower in ("image", "text"):
@@ -127,11 +56,9 @@ def describe(leaves: dict, facts: dict) -> dict:
     method[f"{tower}_head"] = "affine" if bias else "linear" if kernel else "none"
   sigmoid = "params/bias" in shapes
   method |= {"loss": "sigmoid", "max_scale": None} if sigmoid else {"loss": "softmax"}
-  return {
-    "method": method,
-    "model": {"image": image, "text": text},
-    "size": facts.get("size") or size,
-  }
+  model = {"image": image, "text": text}
+  size, crop = facts.get("size") or size, facts.get("crop", 1.0)
+  return Model(leaves, method, model, size, crop, facts.get("end"))
 
 
 def _width(shapes) -> int:
@@ -204,6 +131,18 @@ def _text(shapes, facts: dict, like: str) -> dict:
     "mask_padding": False,
   }
   return closest(models.TEXT, wanted, like)
+
+
+def towers(model: Model) -> tuple[dict, dict]:
+  """All fields of the image tower and of the text tower."""
+  found = []
+  for tower, registry in (("image", models.IMAGE), ("text", models.TEXT)):
+    options = dict(model.model[tower])
+    name = options.pop("name")
+    if name not in registry:
+      raise ValueError(f"unknown {tower} encoder {name!r}")
+    found.append(resolve(registry[name](**options)))
+  return tuple(found)
 
 
 def resolve(module) -> dict:

@@ -29,10 +29,9 @@ INDEX = "model.safetensors.index.json"  # of a model that is split into several 
 def is_weights(path) -> bool:
   """Whether `path` is meant as weights of another project, not as a workdir of ours."""
   path = epath.Path(path)
-  if path.suffix or not path.is_dir():
+  if not path.is_dir():
     return path.suffix in (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
-  here = not (path / "checkpoints").exists()
-  return here and any(path.glob("*.safetensors"))
+  return not (path / "checkpoints").exists() and any(path.glob("*.safetensors"))
 
 
 def find(path) -> epath.Path:

@@ -297,6 +297,11 @@ DROPPED = re.compile(
   r"position_ids$|num_batches_tracked$|^(input_resolution|context_length|vocab_size)$"
 )
 
+# Leaves that are part of a model, not of the run that trained it.
+OF_MODEL = re.compile(
+  r"params/((image|text|image_head|text_head)/|log_scale$|bias$)|extra/(image|text)/"
+)
+
 
 def matches(rows, names, back: bool = False):
   """Yields (row, name, its name on the other side) for every name that a row has.
@@ -347,3 +352,15 @@ def recognise(names) -> str | None:
   }
   best = max(explained, key=explained.get)
   return best if explained[best] else None
+
+
+def missing(layout: str, names) -> list[str]:
+  """Tensors that a whole model has in a layout, but that are not among the names."""
+  optional = re.compile(r"visual\.ln_pre\.|logit_bias$" if layout[0] == "o" else r"$^")
+  return [
+    row.theirs
+    for row in LAYOUTS[layout]
+    if "{" not in row.theirs
+    and row.theirs not in names
+    and not optional.match(row.theirs)
+  ]
