@@ -116,7 +116,7 @@ def test_figures_of_the_reference(case, tmp_path):
   found = compute(image, text, state, case)
   for key in ("image", "text", "logits_per_image"):
     expected = np.array(CASES[case][key])
-    assert expected.std() > 0.1
+    assert expected.std(0).mean() > 0.05  # between the examples
     np.testing.assert_allclose(found[key], expected, atol=1e-4, rtol=0, err_msg=key)
 
 
@@ -143,8 +143,8 @@ def test_figures_tell_what_shapes_do_not(tower, change, tmp_path):
   assert np.abs(found - np.array(CASES["hf_clip"][tower])).max() > 1e-3
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_round_trip_is_bit_equal(case):
+@pytest.mark.parametrize("case", CASES.keys() - {"hf_siglip2_naflex"})
+def test_round_trip_is_bit_equal(case):  # (but for one, all are written as read)
   tensors = {
     name: value
     for name, value in weights_of(case).items()

@@ -30,6 +30,12 @@ def _grid(table):
   return table.reshape(side, side, -1)
 
 
+def _patch_rows(kernel):
+  if kernel.ndim == 2:  # SigLIP 2 for any aspect has a linear map there
+    return kernel.T
+  return kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
+
+
 def _patch_kernel(kernel):
   side = math.isqrt(len(kernel) // 3)
   return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
@@ -38,9 +44,7 @@ def _patch_kernel(kernel):
 SAME = Form(lambda x: x, lambda x: x)
 LINEAR = Form(lambda x: x.T, lambda x: x.T)
 CONV = Form(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-PATCH = Form(  # [D, 3, P, P] <-> [P * P * 3, D]
-  lambda x: x.transpose(2, 3, 1, 0).reshape(-1, len(x)), _patch_kernel
-)
+PATCH = Form(_patch_rows, _patch_kernel)  # [D, 3, P, P] <-> [P * P * 3, D]
 GRID = Form(_grid, lambda x: x.reshape(-1, x.shape[-1]))  # [n, D] <-> [h, w, D]
 GRID3 = Form(lambda x: _grid(x[0]), lambda x: x.reshape(1, -1, x.shape[-1]))
 TOKEN = Form(lambda x: x[0], lambda x: x[None])  # [1, D] <-> [D]
