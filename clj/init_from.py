@@ -127,7 +127,8 @@ def _by_layers(found: dict, rename, fresh: dict):
 
 def _placed(value, want):
   if isinstance(value, jax.Array):
-    return jax.device_put(value.astype(want.dtype), want.sharding)
+    # A copy: two leaves may come from one array, and both are donated.
+    return jax.device_put(jnp.array(value, want.dtype), want.sharding)
   # A part at a time, and a copy: the file's memory is not ours to give to the device.
   part = lambda index: np.array(value[index], want.dtype, order="C")
   return jax.make_array_from_callback(want.shape, want.sharding, part)

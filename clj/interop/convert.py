@@ -161,6 +161,8 @@ def write_workdir(
     lines.append("no vocabulary: texts need one, say --tokenizer=FILE")
   else:
     section = {"tokenizer": str(tokenizer), "length": length}
+    if config["method"]["loss"] == "sigmoid":  # SigLIP's rule is not in the file
+      section["clean"] = "canonical"
     opened = text.open_tokenizer(**section)
     vocab = model.leaves["params/text/token"].shape[0]
     if opened.vocab_size > vocab:
@@ -248,13 +250,31 @@ def run(source, target, *, layout, dtype, step, config, tokenizer, activation, h
       facts[tower]["heads"] = int(count)
   model = read(source, step=step, facts=facts)
   if layout:
-    return write_layout(model, layout, target, dtype)
+    return write_layout(model, layout, target, dtype) + _copy_vocabulary(source, target)
   if not files.is_weights(source):
     raise ValueError(f"{source} is a workdir already; say the --layout to write")
-  if tokenizer is None:
-    found = [files.find(source).parent / name for name in VOCABULARIES]
-    tokenizer = next((path for path in found if path.exists()), None)
+  tokenizer = tokenizer or _vocabulary(source)
   return write_workdir(model, source, target, _sections(config), tokenizer)
+
+
+def _vocabulary(source) -> epath.Path | None:
+  """The vocabulary beside weights, or one in a workdir that others can read."""
+  if files.is_weights(source):
+    directory, names = files.find(source).parent, VOCABULARIES
+  else:
+    directory = epath.Path(source) / "tokenizer"
+    kind = text.load(directory).kind if directory.exists() else ""
+    names = {"json": VOCABULARIES[:1], "sentencepiece": VOCABULARIES[2:]}.get(kind, ())
+  return next((directory / n for n in names if (directory / n).exists()), None)
+
+
+def _copy_vocabulary(source, target) -> list[str]:
+  if (path := _vocabulary(source)) is None:
+    return ["no vocabulary was copied"]
+  # transformers' name of a SentencePiece model
+  name = "spiece.model" if path.suffix == ".model" else path.name
+  (epath.Path(target) / name).write_bytes(path.read_bytes())
+  return [f"vocabulary: {name}"]
 
 
 def _sections(argv: list[str]) -> dict:
