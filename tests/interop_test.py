@@ -246,7 +246,9 @@ def test_every_array_is_accounted_for(tmp_path):
   assert "kept fresh (1):\n    params/text/ln_post/bias" in report
   assert "refused (1):\n    params/image_head/kernel: (80, 7) there" in report
   assert "not used (1):\n    visual.attn_pool.query" in report
-  assert "made for image eps 1e-05, activation gelu, heads 4; text eps" in report
+  assert (
+    "made for image eps 1e-05, activation gelu, heads 4, mean (0.48, 0.46" in report
+  )
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -350,6 +352,23 @@ def test_what_is_no_file_of_weights_is_one_line(name, content, message, tmp_path
   with pytest.raises(ValueError, match=message) as error:
     interop.read(tmp_path / name)
   assert "\n" not in str(error.value)
+
+
+def test_a_part_of_a_model_is_one_line(tmp_path):
+  weights = write(tmp_path, "open_clip_vit")
+  text = {n: x for n, x in weights.leaves.items() if n.startswith("params/text/")}
+  with pytest.raises(ValueError, match="there is no image tower"):
+    architecture.describe(text, weights.facts)
+  del weights.leaves["params/text/token"]
+  with pytest.raises(ValueError, match="there is no params/text/token, which"):
+    architecture.describe(weights.leaves, weights.facts)
+  tensors = weights_of("open_clip_vit")
+  tensors["visual.positional_embedding"] = np.zeros((12, 80), np.float32)
+  save_file(tensors, tmp_path / "model.safetensors")
+  with pytest.raises(
+    ValueError, match=r"embedding has shape \(12, 80\): a table of 11"
+  ):
+    interop.read(tmp_path)
 
 
 def test_a_file_cut_short_is_one_line(tmp_path):
@@ -503,3 +522,46 @@ def test_live_models_in_both_directions(case, tmp_path):
   assert convert.main(arguments) == 0
   again = theirs(opened(case, tmp_path / "b"), case)
   np.testing.assert_allclose(again, expected, atol=1e-6, rtol=0)
+
+
+def vocabulary(file):
+  """A tokenizer.json of 91 words, the last of which are start and end."""
+  from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+  words = ["?", "a", "red", "blue", "green", "star", "circle", "square"]
+  words += [f"w{i}" for i in range(len(words), make_interop.START)] + ["<s>", "</s>"]
+  made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  special = [("<s>", make_interop.START), ("</s>", make_interop.EOS)]
+  made.post_processor = processors.TemplateProcessing("<s> $A </s>", None, special)
+  made.save(str(file))
+
+
+def test_imported_weights_are_evaluated(tmp_path, capsys):
+  from clj import evaluate
+
+  write(tmp_path, "hf_clip")
+  vocabulary(tmp_path / "tokenizer.json")
+  workdir = str(tmp_path / "w")
+  arguments = [str(tmp_path), workdir, "--config=configs/clip.py:smoke"]
+  assert convert.main(arguments) == 0
+  ids = np.asarray(clj.load(workdir).tokenize("a red star")["text"])
+  assert ids.tolist() == [[89, 1, 2, 5, 90, 90, 90, 90, 90]]
+  capsys.readouterr()
+  assert evaluate.main(["--workdir", workdir, "--evals=zeroshot,retrieval"]) == 0
+  table = capsys.readouterr().out
+  assert "step 0" in table and "zeroshot/top1" in table and "recall@10" in table
+  assert convert.main([workdir, str(tmp_path / "b"), "--layout=open_clip"]) == 0
+  original = (tmp_path / "tokenizer.json").read_bytes()
+  assert (tmp_path / "b" / "tokenizer.json").read_bytes() == original
+
+
+def test_another_models_vocabulary_is_refused(tmp_path, capsys):
+  write(tmp_path, "hf_clip")
+  vocabulary(tmp_path / "tokenizer.json")
+  tensors = weights_of("hf_clip")
+  name = "text_model.embeddings.token_embedding.weight"
+  tensors[name] = tensors[name][:90].copy()
+  save_file(tensors, tmp_path / "model.safetensors")
+  assert convert.main([str(tmp_path), str(tmp_path / "w")]) == 1
+  assert "has 91 ids, the model only 90" in capsys.readouterr().err

@@ -52,10 +52,11 @@ def read(path) -> Weights | None:
 def told(weights: Weights) -> str:
   """A line on what shapes do not tell: a tower that is built otherwise loads, but
   computes something else."""
-  towers = []
-  for tower in ("image", "text"):
-    facts = {k: v for k, v in weights.facts[tower].items() if k not in ("mean", "std")}
-    towers.append(f"{tower} {', '.join(f'{k} {v}' for k, v in facts.items())}")
+  short = lambda v: tuple(round(x, 3) for x in v) if isinstance(v, tuple) else v
+  towers = [
+    f"{tower} {', '.join(f'{k} {short(v)}' for k, v in weights.facts[tower].items())}"
+    for tower in ("image", "text")
+  ]
   return f"  layout {weights.layout}; made for {'; '.join(towers)}"
 
 

@@ -46,8 +46,11 @@ def describe(leaves: dict, facts: dict) -> Model:
     prefix = f"params/{tower}/"
     if not any(name.startswith(prefix) for name in shapes):
       raise ValueError(f"there is no {tower} tower; a whole model has two")
-  image, size = _image(shapes, facts["image"])
-  text = _text(shapes, facts["text"], like=image["name"])
+  try:
+    image, side, cell = _image(shapes, facts["image"])
+    text = _text(shapes, facts["text"], like=image["name"])
+  except KeyError as error:
+    raise ValueError(f"there is no {error.args[0]}, which a whole model has") from None
   method = {"name": "clip", "width": _width(shapes)}
   for tower in ("image", "text"):
     kernel, bias = (
@@ -57,8 +60,10 @@ def describe(leaves: dict, facts: dict) -> Model:
   sigmoid = "params/bias" in shapes
   method |= {"loss": "sigmoid", "max_scale": None} if sigmoid else {"loss": "softmax"}
   model = {"image": image, "text": text}
-  size, crop = facts.get("size") or size, facts.get("crop", 1.0)
-  return Model(leaves, method, model, size, crop, facts.get("end"))
+  # Images may be a little larger than their patches: 384 pixels are 27 times 14.
+  size = facts.get("size") or side * cell
+  size = size if size // cell == side else side * cell
+  return Model(leaves, method, model, size, facts.get("crop", 1.0), facts.get("end"))
 
 
 def _width(shapes) -> int:
@@ -77,10 +82,10 @@ def _encoder(shapes, tower: str, facts: dict) -> dict:
       "open_clip_config.json beside the weights: say it with --activation=quick_gelu "
       "(OpenAI's models) or gelu (most others)"
     )
+  numbers = [int(n[len(blocks) :].split("/")[0]) for n in shapes if blocks in n]
   return {
     "width": kernel[0],
-    "depth": 1
-    + max(int(n[len(blocks) :].split("/")[0]) for n in shapes if blocks in n),
+    "depth": 1 + max(numbers),
     "heads": facts.get("heads") or heads(tower, kernel[0]),
     "hidden": kernel[1],
     "activation": facts["activation"],
@@ -89,7 +94,8 @@ def _encoder(shapes, tower: str, facts: dict) -> dict:
   }
 
 
-def _image(shapes, facts: dict) -> tuple[dict, int]:
+def _image(shapes, facts: dict) -> tuple[dict, int, int]:
+  """The tower, its positions on a side, and the pixels of each."""
   if "params/image/pool/mean_position" in shapes:
     return _resnet(shapes, facts)
   patch = math.isqrt(shapes["params/image/patch/kernel"][0] // 3)
@@ -103,10 +109,10 @@ def _image(shapes, facts: dict) -> tuple[dict, int]:
     "mean": facts["mean"],
     "std": facts["std"],
   }
-  return closest(models.IMAGE, wanted), shapes["params/image/position"][0] * patch
+  return closest(models.IMAGE, wanted), shapes["params/image/position"][0], patch
 
 
-def _resnet(shapes, facts: dict) -> tuple[dict, int]:
+def _resnet(shapes, facts: dict) -> tuple[dict, int, int]:
   blocks = {name.split("/")[2] for name in shapes if name.startswith("params/image/s")}
   depths = [
     len([b for b in blocks if b.startswith(f"stage{s}_")]) for s in (1, 2, 3, 4)
@@ -119,8 +125,7 @@ def _resnet(shapes, facts: dict) -> tuple[dict, int]:
     "mean": facts["mean"],
     "std": facts["std"],
   }
-  side = shapes["params/image/pool/position"][0]
-  return closest(models.IMAGE, wanted), 32 * side
+  return closest(models.IMAGE, wanted), shapes["params/image/pool/position"][0], 32
 
 
 def _text(shapes, facts: dict, like: str) -> dict:

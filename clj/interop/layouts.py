@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 
 class Form(NamedTuple):
-  """How a tensor of theirs is laid out as a leaf of ours, and back: views, no copies
-  (but for patches, which are small)."""
+  """How a tensor of theirs is laid out as a leaf of ours, and back.
+
+  Both give views, no copies (but for the kernel of the patches, which is small).
+  """
 
   ours: Callable
   theirs: Callable
@@ -337,12 +339,13 @@ def exchange(layout: str, source: dict, back: bool = False) -> tuple[dict, list[
   found, explained = {}, set()
   for row, name, goal in matches(LAYOUTS[layout], source, back):
     value = source[name]
-    if back:
-      value = row.form.theirs(value)
-    elif row.part is whole:
-      value = row.form.ours(value)
-    else:
-      value = row.form.ours(value[row.part(len(value))])
+    try:
+      if not back and row.part is not whole:
+        value = value[row.part(len(value))]
+      value = row.form.theirs(value) if back else row.form.ours(value)
+    except (ValueError, IndexError, TypeError) as error:
+      shape = source[name].shape
+      raise ValueError(f"{layout}: {name} has shape {shape}: {error}") from None
     found.setdefault(goal, []).append(value)
     explained.add(name)
   return found, [name for name in source if name not in explained]
