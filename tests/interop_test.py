@@ -259,34 +259,43 @@ def test_names_of_parallel_and_compiled_models(prefix, tmp_path):
   assert weights.layout == "open_clip" and not weights.unknown
 
 
-def test_published_models_are_known_by_their_shapes():
+LARGE = ("clip_rn101", "clip_rn50x4", "clip_rn50x16", "clip_rn50x64")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+    for name in models.IMAGE
+    if name in models.TEXT
+  ],
+)
+def test_published_models_are_known_by_their_shapes(name):
   ids = jnp.zeros((1, 5), jnp.int32)
-  for name in models.IMAGE.keys() & models.TEXT.keys():
-    facts = {}
-    shapes = {}
-    for tower, registry in (("image", models.IMAGE), ("text", models.TEXT)):
-      scan = {"scan": True} if "rn" not in name or tower == "text" else {}
-      module = architecture.resolve(registry[name]())
-      network = getattr(models, tower)(name, **scan)
-      inputs = (jnp.zeros((1, 224, 224, 3)),) if tower == "image" else (ids, ids >= 0)
-      params, _ = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-      paths = jax.tree_util.tree_leaves_with_path({"params": {tower: params}})
-      for path, leaf in paths:
-        full = jax.tree_util.keystr(path, simple=True, separator="/")
-        if "/blocks/" not in full:
-          shapes[full] = leaf
-          continue
-        for i in range(leaf.shape[0]):
-          layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-          shapes[full.replace("/blocks/", f"/block{i}/")] = layer
-      given = ("activation", "eps", "mean", "std", "causal", "pool")
-      facts[tower] = {k: module[k] for k in given if k in module}
-    found = architecture.describe(shapes, facts).model
-    for tower, registry in (("image", models.IMAGE), ("text", models.TEXT)):
-      options = dict(found[tower])
-      same = registry[options.pop("name")](**options)
-      assert architecture.resolve(same) == architecture.resolve(registry[name]()), name
-      assert not options, (name, tower, options)
+  facts, shapes = {}, {}
+  for tower, registry in (("image", models.IMAGE), ("text", models.TEXT)):
+    scan = {"scan": True} if "rn" not in name or tower == "text" else {}
+    module = architecture.resolve(registry[name]())
+    network = getattr(models, tower)(name, **scan)
+    inputs = (jnp.zeros((1, 224, 224, 3)),) if tower == "image" else (ids, ids >= 0)
+    params, _ = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    paths = jax.tree_util.tree_leaves_with_path({"params": {tower: params}})
+    for path, leaf in paths:
+      full = jax.tree_util.keystr(path, simple=True, separator="/")
+      if "/blocks/" not in full:
+        shapes[full] = leaf
+        continue
+      for i in range(leaf.shape[0]):
+        layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        shapes[full.replace("/blocks/", f"/block{i}/")] = layer
+    given = ("activation", "eps", "mean", "std", "causal", "pool")
+    facts[tower] = {k: module[k] for k in given if k in module}
+  found = architecture.describe(shapes, facts).model
+  for tower, registry in (("image", models.IMAGE), ("text", models.TEXT)):
+    options = dict(found[tower])
+    same = registry[options.pop("name")](**options)
+    assert architecture.resolve(same) == architecture.resolve(registry[name]())
+    assert not options, (tower, options)
 
 
 def test_shapes_do_not_tell_the_activation(tmp_path):

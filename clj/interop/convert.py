@@ -199,10 +199,12 @@ def write_workdir(
       f"{source} lacks {len(lacking)} arrays of the model, such as {lacking[0]}"
     )
   workdir.record_config(directory, config, 0)
+  clock = {"seconds": 0.0}
   if config["data"]["text"]:
     opened.save(directory / "tokenizer")
+    clock["tokenizer"] = opened.fingerprint
   checkpoints = checkpoint.Checkpoints(directory)
-  checkpoints.save(0, state, {"seconds": 0.0}, {})
+  checkpoints.save(0, state, clock, {})
   checkpoints.close()
   lines.insert(0, report)
   lines.append(f"{directory}: checkpoint of step 0; in a config it is")
