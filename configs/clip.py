@@ -582,7 +582,7 @@ def finetune():
     "eval_every": 500,
     "checkpoint_every": 500,
     "init_from": "",  # needed: a .safetensors file, or a workdir
-    "init_rename": ((r"^(params/)?(.*)", (r"params/\2", r"extra/start/\2")),),
+    "init_rename": ((r"^(params/)?((?!extra/).*)", (r"params/\2", r"extra/start/\2")),),
     "profile": "",
     "method": {
       "name": "clip",

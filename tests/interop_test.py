@@ -574,3 +574,28 @@ def test_another_models_vocabulary_is_refused(tmp_path, capsys):
   save_file(tensors, tmp_path / "model.safetensors")
   assert convert.main([str(tmp_path), str(tmp_path / "w")]) == 1
   assert "has 91 ids, the model only 90" in capsys.readouterr().err
+
+
+def test_finetuning_starts_from_the_file_twice(tmp_path):
+  from clj import sharding
+  from clj.methods import make_method
+  from configs import clip
+
+  weights = write(tmp_path, "open_clip_resnet")
+  described = architecture.describe(weights.leaves, weights.facts)
+  recipe = clip.get_config("finetune")
+  method = make_method(described.method | {"average": 0.5}, described.model)
+  batch = batch_of("open_clip_resnet")
+  params, extra = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
+  everywhere = sharding.replicated(sharding.make_mesh())
+  struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+  params, extra = jax.tree.map(struct, (params, extra))
+  state = TrainState(0, 0, params, extra, ())
+  state, report = init_from(state, tmp_path, recipe.init_rename)
+  for title in ("kept fresh", "refused", "not used"):
+    assert title not in report
+  start = state.extra["start"]
+  assert jax.tree.structure(start) == jax.tree.structure(state.params)
+  jax.tree.map(np.testing.assert_array_equal, start, state.params)
+  mean = weights.leaves["extra/image/bn1/mean"]
+  np.testing.assert_array_equal(state.extra["image"]["bn1"]["mean"], mean)

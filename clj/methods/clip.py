@@ -85,9 +85,9 @@ def make(
       `init_rename=(("^params/(.*)", r"extra/teacher/params/\\1"), ("^extra/(.*)",
       r"extra/teacher/\\1"))`.
     average: share of the trained weights in what `embed` uses; the rest are those of
-      the start, `extra["start"]`, which `init_from` fills in with
-      `init_rename=(("^(params/)?(.*)", (r"params/\\2", r"extra/start/\\2")),)`. The
-      trained weights alone give "trained_image" and so on.
+      the start, `extra["start"]`, which `init_from` fills in by the `init_rename` of
+      `configs/clip.py:finetune`. The trained weights alone give "trained_image" and so
+      on.
   """
   if loss not in ("softmax", "sigmoid"):
     raise ValueError(f"method.loss is {loss!r}: use 'softmax' or 'sigmoid'")
