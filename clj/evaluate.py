@@ -509,6 +509,7 @@ def run(directory, step: int | None, names: str | None) -> str:
       data=data,
       evals=evals,
       batch_size=config["batch_size"],
+      start="before" if config.get("init_from") else "untrained",
     )
     metrics = evaluate(params, extra, model.step, final=True)
   return f"{directory}, step {model.step}\n" + _table(metrics, evals)

@@ -560,9 +560,21 @@ def test_imported_weights_are_evaluated(tmp_path, capsys):
   assert evaluate.main(["--workdir", workdir, "--evals=zeroshot,retrieval"]) == 0
   table = capsys.readouterr().out
   assert "step 0" in table and "zeroshot/top1" in table and "recall@10" in table
+  assert "zeroshot/before" in table and "untrained" not in table
   assert convert.main([workdir, str(tmp_path / "b"), "--layout=open_clip"]) == 0
   original = (tmp_path / "tokenizer.json").read_bytes()
   assert (tmp_path / "b" / "tokenizer.json").read_bytes() == original
+
+
+def test_imported_weights_without_data_are_one_line(tmp_path, capsys):
+  from clj import evaluate
+
+  write(tmp_path, "hf_clip")
+  vocabulary(tmp_path / "tokenizer.json")
+  assert convert.main([str(tmp_path), str(tmp_path / "w")]) == 0
+  assert evaluate.main(["--workdir", str(tmp_path / "w")]) == 1
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "the config names no data set" in error
 
 
 def test_another_models_vocabulary_is_refused(tmp_path, capsys):

@@ -79,6 +79,11 @@ def open_source(
       random. A TFDS set that is not prepared is downloaded if its server answers.
   """
   fields = {"image": "image", "label": "label"} | (fields or {}) | {"caption": caption}
+  if not name:
+    raise DataError(
+      "the config names no data set: set data.source, such as folder:/path or a TFDS "
+      "name (imported weights get it by --config when they are converted)"
+    )
   if name in ("shapes", "shapes/compositions"):
     return _open_shapes(name, split, caption)
   kind = name.partition(":")[0]

@@ -154,6 +154,7 @@ def write_workdir(
     raise ValueError(f"{directory} holds a run already; take another directory")
   length = len(model.leaves["params/text/position"])
   config = dict(sections) | {"method": model.method, "model": model.model}
+  config["init_from"] = str(source)
   config["data"] = dict(config["data"]) | {"size": model.size, "eval_crop": model.crop}
   config["data"]["text"] = None
   lines = []
