@@ -81,7 +81,7 @@ def test_evaluate_alone_gives_what_the_loop_gave(smoke_run, capsys):
   out = capsys.readouterr().out
   last = log.last_values(directory, "eval/")
   for label, options in config["evals"].items():
-    if options.get("name", label) == "knn":
+    if options.get("name", label) in ("knn", "zeroshot"):
       value = re.search(rf"{label}/top1\s+([\d.]+)", out).group(1)
       np.testing.assert_allclose(float(value), last[f"eval/{label}/top1"], atol=6e-5)
   assert evaluate.main([f"--workdir={directory}", "--evals=nearest"]) == 1
@@ -106,5 +106,14 @@ def test_load_embeds_files_and_arrays_alike(smoke_run, tmp_path):
   assert np.isfinite(features).all() and features.ndim == 2
   np.testing.assert_array_equal(features[0], features[1])
   np.testing.assert_array_equal(features[0], features[2])
+  if config["data"].get("text"):
+    said = model.tokenize(["a red star", "dots", "a red star"])
+    found = model.embed(model.params, model.extra, batch | said)
+    z = np.asarray(found["text"])
+    assert z.shape == found["image"].shape and np.isfinite(z).all()
+    np.testing.assert_array_equal(z[0], z[2])
+    assert np.abs(z[0] - z[1]).max() > 0
+  else:
+    assert model.tokenize is None
   plain = augment.to_float({"image": picture[None, None, :size, :size]})
   assert plain["image"].max() <= 1

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 from clj.evals import zeroshot
-from clj.evals.retrieval import retrieval
+from clj.evals.retrieval import match_captions, retrieval
 
 
 def mesh(data, fsdp=1):
@@ -164,3 +164,19 @@ def test_names_and_templates_are_read_from_files(tmp_path):
   assert zeroshot.read_templates(["{}"]) == ("{}",)
   with pytest.raises(ValueError, match="'a photo': a template has {}"):
     zeroshot.read_templates(str(tmp_path / "wrong"))
+
+
+def test_captions_belong_to_their_record_or_to_all_with_the_same_words():
+  tokens = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8], [0, 0]])
+  image_index = np.array([2, 0, 1, -1, 3])
+  # One caption a record: equal ones are one. Record 9 has no image; a row is filler.
+  index = np.array([0, 1, 2, 3, 9, -1])
+  images, texts = match_captions(image_index, index, tokens)
+  assert texts[0] == texts[2] != texts[1] and texts[3] not in texts[:3]
+  np.testing.assert_array_equal(texts[4:], [-1, -1])
+  np.testing.assert_array_equal(images, [texts[2], texts[0], texts[1], -1, texts[3]])
+  # Several: each belongs to its record alone, whatever its words.
+  index = np.array([0, 0, 1, 2, 9, -1])
+  images, texts = match_captions(image_index, index, tokens)
+  np.testing.assert_array_equal(texts, [0, 0, 1, 2, -1, -1])
+  np.testing.assert_array_equal(images, [2, 0, 1, -1, -1])
