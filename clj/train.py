@@ -108,7 +108,9 @@ def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, op
   tx, schedules = optimisers.make(
     total_steps=total_steps, batch_size=batch_size, **optim | {"frozen": frozen}
   )
-  views = jax.eval_shape(augment, jax.random.key(0), batch)
+  # Abstract: the mesh may be of a topology that is not here (`clj.plan`).
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  views = jax.eval_shape(augment, key, batch)
 
   def init(key):
     rng, init_rng = jax.random.split(key)
@@ -116,7 +118,7 @@ def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, op
     params, extra = made.init(init_rng, zeros)
     return TrainState(jnp.zeros((), jnp.int32), rng, params, extra, tx.init(params))
 
-  state = jax.eval_shape(init, jax.random.key(seed))
+  state = jax.eval_shape(init, key)
   shardings = sharding.state_shardings(state, mesh)
   struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   step = jax.jit(
