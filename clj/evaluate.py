@@ -496,7 +496,7 @@ def run(directory, step: int | None, names: str | None) -> str:
   source = sources.open_config(data, "train_split")
   if model.tokenizer is not None:
     source = sources.tokenized(source, model.tokenizer)
-  mesh = sharding.make_mesh(**config["mesh"])
+  mesh = sharding.of_config(config["mesh"])
   sharding.check_batch_size(config["batch_size"], mesh)
   with jax.set_mesh(mesh):
     params, extra = jax.device_put(

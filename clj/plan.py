@@ -254,13 +254,18 @@ def compile_step(config: dict, topology: Topology) -> Step:
 
   from clj import sharding, train
 
-  mesh = sharding.make_mesh(**config["mesh"], devices=topology.devices)
+  mesh = sharding.of_config(config["mesh"], topology.devices)
   sharding.check_batch_size(config["batch_size"], mesh)
   sections = ("method", "model", "data", "optim")
   numbers = ("seed", "batch_size", "total_steps")
   with jax.set_mesh(mesh):
     batch = batch_shapes(config, mesh)
-    program = train.build(batch, mesh, **{k: config[k] for k in sections + numbers})
+    program = train.build(
+      batch,
+      mesh,
+      **{k: config[k] for k in sections + numbers},
+      rules=config["mesh"].get("rules", ()),
+    )
     lowered = program.step.lower(program.state, batch)
     start = time.monotonic()
     try:

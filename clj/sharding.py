@@ -52,6 +52,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
   return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def of_config(section: dict, devices=None) -> Mesh:
+  """The mesh of a config's section `mesh`, which may have `rules` for the state too."""
+  return make_mesh(section["data"], section["fsdp"], devices)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
@@ -93,6 +98,45 @@ def state_shardings(state, mesh: Mesh, rules: Sequence = ()):
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(mesh, spec(leaf, name(path), fsdp, rules)), state
   )
+
+
+@jax.custom_vjp
+def _gather(x):
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+# The gradient is not gathered: it is summed, and each device keeps its part.
+_gather.defvjp(lambda x: (_gather(x), None), lambda _, g: (g,))
+
+
+def is_split() -> bool:
+  """Whether the mesh of the context splits parameters."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+
+
+def whole(tree):
+  """Gathers what is split over "fsdp", for it is about to be used.
+
+  Without it the compiler is free to move activations instead of parameters. Layers that
+  a loop goes through, stacked in "blocks", are left: the loop gathers each in its turn
+  (`whole_layer`), so that one at a time is whole.
+  """
+  if not is_split():
+    return tree
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x if "/blocks/" in f"/{name(path)}" else _gather_array(x), tree
+  )
+
+
+def whole_layer(params):
+  """The same for one layer, inside the loop."""
+  return jax.tree.map(_gather_array, params)
+
+
+def _gather_array(x):
+  is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return x if is_key else _gather(x)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh):

@@ -55,10 +55,13 @@ def make_augment(data: dict) -> Callable:
 def make_train_step(method: Method, tx, augment, schedules=None):
   """The step `(state, batch) -> (state, metrics)`: a pure function, to be jitted."""
 
+  def gathered_loss(params, extra, *arguments):
+    return method.loss(sharding.whole(params), sharding.whole(extra), *arguments)
+
   def train_step(state: TrainState, batch):
     rng = jax.random.fold_in(state.rng, state.step)
     batch = augment(jax.random.fold_in(rng, 0), batch)
-    grad_fn = jax.value_and_grad(method.loss, has_aux=True)
+    grad_fn = jax.value_and_grad(gathered_loss, has_aux=True)
     (loss, (extra, aux)), grads = grad_fn(
       state.params, state.extra, batch, rng, state.step
     )
@@ -93,10 +96,13 @@ class Program(NamedTuple):
   state: TrainState  # of ShapeDtypeStructs with shardings
 
 
-def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, optim):
+def build(
+  batch, mesh, *, seed, batch_size, total_steps, method, model, data, optim, rules=()
+):
   """Sections of a config -> Program.
 
   batch: shapes and dtypes of a batch as the data pipeline gives it, by key.
+  rules: what lies where, see `sharding.state_shardings`.
   """
   made, augment = make_method(method, model), make_augment(data)
   if missing := [key for key in made.needs if key not in batch]:
@@ -109,7 +115,7 @@ def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, op
     total_steps=total_steps, batch_size=batch_size, **optim | {"frozen": frozen}
   )
   # Abstract: the mesh may be of a topology that is not here (`clj.plan`).
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.eval_shape(lambda: jax.random.key(seed))
   views = jax.eval_shape(augment, key, batch)
 
   def init(key):
@@ -119,7 +125,7 @@ def build(batch, mesh, *, seed, batch_size, total_steps, method, model, data, op
     return TrainState(jnp.zeros((), jnp.int32), rng, params, extra, tx.init(params))
 
   state = jax.eval_shape(init, key)
-  shardings = sharding.state_shardings(state, mesh)
+  shardings = sharding.state_shardings(state, mesh, rules)
   struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   step = jax.jit(
     make_train_step(made, tx, augment, schedules),
@@ -163,7 +169,7 @@ def train(
   for key in ("batch_size", "total_steps", "log_every"):
     if config[key] < 1:
       raise ValueError(f"{key} is {config[key]}; it must be at least 1")
-  grid = sharding.make_mesh(**mesh)
+  grid = sharding.of_config(mesh)
   sharding.check_batch_size(batch_size, grid)
   workdir.check_config(directory, config)
   checkpoints = checkpoint.Checkpoints(directory, best=best_metric(evals))
@@ -228,6 +234,7 @@ def train(
       model=model,
       data=data,
       optim=optim,
+      rules=mesh.get("rules", ()),
     )
     if source.tokenizer is not None:
       _check_vocabulary(source.tokenizer, program.state.params)

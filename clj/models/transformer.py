@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clj import sharding
+
 ACTIVATIONS = {
   "gelu": partial(nn.gelu, approximate=False),
   "gelu_tanh": partial(nn.gelu, approximate=True),
@@ -221,10 +223,18 @@ class Encoder(nn.Module):
     block = Block
     if self.remat not in REMAT:
       raise ValueError(f"unknown remat {self.remat!r}; there are {[*REMAT]}")
-    if self.remat:
+    remat = self.remat
+    if self.scan and sharding.is_split():
+      # Each turn of the loop gathers its layer, and does so again in the backward pass:
+      # what is computed from parameters alone is not kept.
+      block = nn.map_variables(
+        block, "params", sharding.whole_layer, init=self.is_initializing()
+      )
+      remat = remat or "dots"
+    if remat:
       block = nn.remat(
-        Block,
-        policy=REMAT[self.remat],
+        block,
+        policy=REMAT[remat],
         prevent_cse=not self.scan,
         static_argnums=(4,),
       )
