@@ -102,7 +102,8 @@ def _text(size, vocab, **kwargs):
   return Text(vocab=vocab, **_encoder(size, kwargs), **kwargs)
 
 
-# What is not size: OpenAI's models, those of LAION (H, g and bigG), and SigLIP's.
+# What is not size: OpenAI's models, those of LAION (H, g and bigG), and SigLIP's in its
+# authors' code (open_clip has the exact GELU in SigLIP's towers, not in SigLIP 2's).
 _CLIP = {"activation": "quick_gelu", "eps": 1e-5}
 _LAION = {"activation": "gelu", "eps": 1e-5}
 _SIGLIP = {"activation": "gelu_tanh", "eps": 1e-6, "kernel_init": "xavier"}

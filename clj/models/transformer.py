@@ -197,8 +197,12 @@ class Encoder(nn.Module):
     compiles in the time of one layer. The parameters are one tree "blocks" with a
     leading layer axis, instead of "block0", "block1", ...
   remat: True keeps only the input of each layer for the backward pass and recomputes
-    the rest there: a third more work, for a fraction of the memory. "dots" keeps the
-    products with weights too, and recomputes attention and what lies between.
+    the rest there; "dots" keeps the products with weights too, and recomputes attention
+    and what lies between. A scan should have one of them, since alone it keeps even
+    what copies of the layer would recompute by themselves. Scratch memory of a gradient
+    of ViT-B/16, 128 images in bfloat16, as compiled for one TPU v5e: copies 6.8 GiB, or
+    1.1 with remat and 23 % more FLOPs; scan 21.6 GiB, or 1.4 with remat, 5.0 with
+    "dots".
   """
 
   depth: int
