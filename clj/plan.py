@@ -385,9 +385,12 @@ def _why(complaint: str) -> str:
 
 def changes(config: dict, devices: int):
   """(what to add to the command, changed config): what saves memory, best first."""
-  for section in ("model", "method"):
+  for section in ("method", "model"):
     for path, value in _keys(config[section]):
-      if path[-1] == "remat" and not value:
+      chunk = config["batch_size"] // 8
+      if path[-1] == "micro_batch" and not value and chunk and chunk % devices == 0:
+        yield _changed(config, (section, *path), chunk)
+      if path[-1] == "remat" and value is not True:
         yield _changed(config, (section, *path), True)
   if config["mesh"]["fsdp"] == 1:
     yield _changed(config, ("mesh", "fsdp"), devices)

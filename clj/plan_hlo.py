@@ -349,30 +349,31 @@ class _Walk:
       return self.fusion(inside, operands, one.shape)
     return sum(reads) + result
 
+  def read(self, inside, name, home, whole):
+    """Bytes that a fusion reads of one operand, at most `whole`."""
+    part = 0
+    for user, position in _users(inside, name):
+      if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+        part += sum(_at_home(a, home).hbm_bytes for a in user.shape)
+      elif user.opcode == "fusion":
+        inner = self.computations[_called(user, "calls")]
+        for one in inner.instructions.values():
+          if one.opcode == "parameter" and int(one.argument) == position:
+            part += self.read(inner, one.name, home, whole)
+      elif user.opcode == "bitcast":
+        part += self.read(inside, user.name, home, whole)
+      elif user.opcode != "dynamic-update-slice" or position:  # that writes in place
+        return whole
+    return part
+
   def fusion(self, inside, operands, shape):
     """A fusion reads its operands once, or the slices that it takes of them."""
-    users = {}
-    for user in inside.instructions.values():
-      for position, x in enumerate(user.operands):
-        users.setdefault(x, []).append((user, position))
     total = 0
     for one in inside.instructions.values():
-      if one.opcode != "parameter":
-        continue
-      index = int(one.argument)
-      whole = sum(a.hbm_bytes for a in operands[index])
-      if not whole:
-        continue
-      part = 0
-      for user, position in users.get(one.name, ()):
-        if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-          part += sum(_at_home(a, operands[index][0]).hbm_bytes for a in user.shape)
-        elif user.opcode == "dynamic-update-slice" and position == 0:
-          part += 0  # written in place
-        else:
-          part = whole
-          break
-      total += min(part, whole)
+      if one.opcode == "parameter":
+        home = operands[int(one.argument)]
+        if whole := sum(a.hbm_bytes for a in home):
+          total += min(whole, self.read(inside, one.name, home[0], whole))
     root = inside.instructions[inside.root]
     outputs = root.operands if root.opcode == "tuple" else (root.name,)
     for name, array in zip(outputs, shape):
@@ -385,6 +386,14 @@ class _Walk:
       else:
         total += array.hbm_bytes
     return total
+
+
+def _users(inside, name):
+  """(instruction, position among its operands) of every use."""
+  for user in inside.instructions.values():
+    for position, x in enumerate(user.operands):
+      if x == name:
+        yield user, position
 
 
 def _at_home(array, home):

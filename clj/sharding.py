@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -39,16 +38,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
       f"mesh data={data} fsdp={fsdp} is for {math.prod(shape.values())} devices, "
       f"here are {len(devices)}; use data=-1 for all that remain"
     )
-  slices = len({getattr(d, "slice_index", 0) for d in devices})
-  sizes = tuple(shape.values())
-  if slices > 1:
-    if sizes[0] % slices:
-      raise ValueError(f"mesh data={sizes[0]} does not divide over {slices} slices")
-    grid = mesh_utils.create_hybrid_device_mesh(
-      (sizes[0] // slices, sizes[1]), (slices, 1), devices
-    )
-  else:
-    grid = mesh_utils.create_device_mesh(sizes, devices)
+  where = lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id)
+  slices = len({where(d)[0] for d in devices})
+  if shape["data"] % slices:
+    raise ValueError(f"mesh data={shape['data']} does not divide over {slices} slices")
+  # By process, so that each feeds one range of rows; on TPUs the chips of a host are
+  # neighbours, and so are hosts that follow each other.
+  grid = np.array(sorted(devices, key=where)).reshape(shape["data"], shape["fsdp"])
   return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 

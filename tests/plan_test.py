@@ -128,6 +128,29 @@ ENTRY %main (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
   assert plan_hlo.analyse(text).flops == 2 * 8 * 16 * 4 + 2 * products
 
 
+def test_a_slice_counts_as_a_slice_however_deep_it_is_taken():
+  text = """HloModule m
+%inner (p: f32[1024,128], i: s32[]) -> f32[8,128] {
+  %p = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[8,128]{1,0:T(8,128)} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={8,128}
+}
+%outer (q: f32[1024,128], j: s32[]) -> f32[8,128] {
+  %q = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  %j = s32[] parameter(1)
+  %f = f32[8,128]{1,0:T(8,128)} fusion(%q, %j), kind=kLoop, calls=%inner
+  ROOT %n = f32[8,128]{1,0:T(8,128)} negate(%f)
+}
+ENTRY %main (a: f32[1024,128], k: s32[]) -> f32[8,128] {
+  %a = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %r = f32[8,128]{1,0:T(8,128)} fusion(%a, %k), kind=kOutput, calls=%outer
+}
+"""  # noqa: E501
+  assert plan_hlo.analyse(text).hbm_bytes == 2 * 8 * 128 * 4 + 4  # read, written, index
+
+
 @pytest.mark.parametrize(
   "groups, first",
   [
@@ -425,3 +448,27 @@ def test_flops_of_resnet50_on_a_tpu():
   assert cost.flops == pytest.approx(2 * rows / 4 * products, rel=0.01)
   # Of the usual count 5 % meet zeros beyond the edge.
   assert products == pytest.approx(resnet50_products(224, True), rel=0.06)
+
+
+def test_flops_of_vit_b16_on_a_tpu():
+  """The closed form of Dosovitskiy et al., arXiv:2010.11929: 17.6 G products."""
+  rows, tokens, width, depth = 8, 197, 768, 12
+  encoder = models.image("vit_b16", dtype="bfloat16", scan=True)
+  with tpu.compiler() as topology:
+    mesh = sharding.make_mesh(devices=topology("v5e:2x2").devices)
+    place = lambda a, spec: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
+    )
+    x = jax.ShapeDtypeStruct((rows, 224, 224, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, stats = jax.eval_shape(encoder.init, key, x)
+    params = jax.tree.map(lambda a: place(a, P()), params)
+    forward = lambda p, x: encoder.apply(p, stats, x, train=True)[0]
+    with jax.set_mesh(mesh):
+      lowered = jax.jit(forward).lower(params, place(x, P(("data", "fsdp"))))
+      cost = plan_hlo.analyse(lowered.compile().as_text())
+  layer = tokens * 12 * width**2 + 2 * tokens**2 * width
+  products = (tokens - 1) * width * 16 * 16 * 3 + depth * layer
+  assert products == pytest.approx(17.6e9, rel=0.005)
+  assert cost.flops == pytest.approx(2 * rows / 4 * products, rel=0.01)
+  assert depth in [trips for _, trips in cost.loops]

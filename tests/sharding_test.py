@@ -165,6 +165,20 @@ def test_the_first_rule_that_matches_decides(monkeypatch):
   assert kernel == PartitionSpec(None, None, None, "fsdp")
 
 
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("name", ["v3:8x8", "v4:4x4x4", "v5e:16x16", "2xv5e:4x4"])
+def test_a_host_of_a_pod_feeds_one_range_of_rows(name, fsdp):
+  with tpu.compiler() as topology:
+    devices = topology(name).devices
+  mesh = sharding.make_mesh(data=-1, fsdp=fsdp, devices=devices)
+  hosts = [d.process_index for d in mesh.devices.flat]
+  changes = sum(a != b for a, b in zip(hosts, hosts[1:]))
+  assert changes == len(set(hosts)) - 1
+  # "fsdp" does not cross the network between slices.
+  for row in mesh.devices:
+    assert len({getattr(d, "slice_index", 0) for d in row}) == 1
+
+
 def transformer(**kwargs):
   encoder = models.image(**kwargs)
   image = lambda batch: batch["image"].reshape(-1, 16, 16, 4)[..., :3]
