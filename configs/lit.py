@@ -66,7 +66,7 @@ def demo():
     },
     "model": {
       "image": {"name": "resnet_small", "widths": (24, 48, 96)},
-      "text": {"name": "text_small", "vocab": 64},
+      "text": {"name": "text_small", "vocab": 64, "depth": 0},  # see clip.py
     },
     "data": {
       "source": "shapes/compositions",

@@ -34,7 +34,7 @@ def demo():
   return {
     "seed": 0,
     "batch_size": 128,
-    "total_steps": 1400,
+    "total_steps": 900,
     "log_every": 20,
     "eval_every": 0,
     "checkpoint_every": 200,
@@ -59,7 +59,7 @@ def demo():
     },
     "model": {
       "image": {"name": "resnet_small", "widths": (24, 48, 96)},
-      "text": {"name": "text_small", "vocab": 64},
+      "text": {"name": "text_small", "vocab": 64, "depth": 0},  # see clip.py
     },
     "data": {
       "source": "shapes/compositions",
@@ -77,7 +77,7 @@ def demo():
     },
     "optim": {
       "name": "adamw",
-      "learning_rate": 3e-3,
+      "learning_rate": 4e-3,
       "warmup_fraction": 0.05,
       "b2": 0.95,
       "weight_decay": 0.1,
