@@ -6,7 +6,7 @@
 variant            data                    published zero-shot on ImageNet, hardware
 demo               rendered compositions   two CPU cores
 smoke              rendered compositions   two steps at test size
-products           fashion_product_pairs   two CPU cores, 25 minutes
+products           fashion_product_pairs   two CPU cores
 rn50_cc12m         CC12M                   36.45 (open_clip)
 vit_b32_laion400m  LAION-400M              62.96 (open_clip), 128 A100, 36 hours
 vit_b16_datacomp   DataComp-1B             73.5 (DataComp)
@@ -177,7 +177,7 @@ def smoke():
 
 
 def products():
-  """4,000 photographs of products and their titles, from scratch: 25 minutes of CPU.
+  """4,000 photographs of products and their titles, from scratch, on two CPU cores.
 
     TFDS_DATA_DIR=/path/to/tfds python -m clj.main --config=configs/clip.py:products
 
@@ -187,9 +187,9 @@ def products():
   return {
     "seed": 0,
     "batch_size": 256,
-    "total_steps": 700,
+    "total_steps": 450,
     "log_every": 20,
-    "eval_every": 140,
+    "eval_every": 150,
     "checkpoint_every": 250,
     "init_from": "",
     "init_rename": (),
@@ -213,7 +213,9 @@ def products():
         "widths": (48, 96, 192),
         "stem": "patch4",
       },
-      "text": {"name": "text_small", "vocab": 1024},
+      # With a layer of attention titles are learned by heart: 18 and 25 points of
+      # R@10 after 150 steps, where the mean of the words has 43 and 48.
+      "text": {"name": "text_small", "vocab": 1024, "depth": 0},
     },
     "data": {
       "source": "fashion_product_pairs",
