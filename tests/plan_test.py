@@ -270,7 +270,7 @@ def test_the_plan_adds_up():
 
 
 def test_what_is_tried_to_make_a_step_fit(monkeypatch):
-  """The order of the attempts; that they are compiled, the command's test shows."""
+  """The order of the attempts."""
   config = simclr.get_config("smoke").to_dict()
   config |= {"batch_size": 256, "model": {"name": "vit_test", "remat": False}}
   tried = []
@@ -355,17 +355,14 @@ def command(*arguments, **environment):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-def test_the_command_prints_a_plan_and_what_would_make_it_fit():
-  code, out, err = command(
-    "--topology=v5e:2x2", "--config.batch_size=2097152", "--json"
-  )
+def test_the_command_prints_a_plan():
+  code, out, err = command("--topology=v5e:2x2", "--json")
   assert code == 0, err
-  first, *tried = map(json.loads, out.splitlines())
-  assert not first["fits"] and first["needs"] > first["hbm"]
-  assert tried[-1]["fits"] and tried[-1]["needs"] < tried[-1]["hbm"]
-  assert tried[-1]["change"].startswith("--config.batch_size=")
+  found = json.loads(out)
+  assert found["fits"] and found["devices"] == 4 and found["flops"] > 0
+  code, out, err = command("--topology=v5e-4")
+  assert code == 1 and not out and err.startswith("clj: topology 'v5e-4' is not")
 
 
 @pytest.mark.parametrize("name", ["v5e-64", "v9:4x4", "v5e", "v5e:17x1", "0xv5e:2x4"])
