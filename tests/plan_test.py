@@ -425,24 +425,16 @@ def test_the_closed_form_of_resnet50_is_the_published_one():
 
 
 @pytest.mark.slow
-def test_flops_of_resnet50_on_a_tpu():
-  rows = 16
-  encoder = models.image("resnet50", dtype="bfloat16")
-  with tpu.compiler() as topology:
-    mesh = sharding.make_mesh(devices=topology("v5e:2x2").devices)
-    place = lambda a, spec: jax.ShapeDtypeStruct(
-      a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
-    )
-    x = jax.ShapeDtypeStruct((rows, 224, 224, 3), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params, stats = jax.eval_shape(encoder.init, key, x)
-    params, stats = jax.tree.map(lambda a: place(a, P()), (params, stats))
-    forward = lambda p, s, x: encoder.apply(p, s, x, train=True)
-    with jax.set_mesh(mesh):
-      lowered = jax.jit(forward).lower(params, stats, place(x, P(("data", "fsdp"))))
-      cost = plan_hlo.analyse(lowered.compile().as_text())
+def test_flops_of_resnet50():
+  """By the CPU's compiler: a TPU's computes some convolutions twice at a small batch."""
+  rows = 2
+  encoder = models.image("resnet50")
+  x = jax.ShapeDtypeStruct((rows, 224, 224, 3), jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params, stats = jax.eval_shape(encoder.init, key, x)
+  cost = on_cpu(lambda p, s, x: encoder.apply(p, s, x, train=True), params, stats, x)
   products = resnet50_products(224, False)
-  assert cost.flops == pytest.approx(2 * rows / 4 * products, rel=0.01)
+  assert cost.flops == pytest.approx(2 * rows * products, rel=0.01)
   # Of the usual count 5 % meet zeros beyond the edge.
   assert products == pytest.approx(resnet50_products(224, True), rel=0.06)
 
