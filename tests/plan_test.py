@@ -426,7 +426,7 @@ def test_the_closed_form_of_resnet50_is_the_published_one():
 
 @pytest.mark.slow
 def test_flops_of_resnet50():
-  """By the CPU's compiler: a TPU's computes some convolutions twice at a small batch."""
+  """By the CPU's compiler: a TPU's computes some products twice at a small batch."""
   rows = 2
   encoder = models.image("resnet50")
   x = jax.ShapeDtypeStruct((rows, 224, 224, 3), jnp.float32)
