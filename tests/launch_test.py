@@ -63,7 +63,9 @@ class Cloud:
     path.chmod(0o755)
 
   def plays(self, **scenario):
-    (self.directory / "scenario.json").write_text(json.dumps(scenario))
+    partial = self.directory / "scenario.json.partial"
+    partial.write_text(json.dumps(scenario))
+    partial.replace(self.directory / "scenario.json")
 
   def start(self, *command, **kwargs):
     return subprocess.Popen(
