@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clj import processes
+from clj.workdir import is_remote
 
 
 class CheckpointError(Exception):
@@ -35,14 +37,23 @@ class Checkpoints:
   """The checkpoints of one workdir, newest `keep` and the best one kept.
 
   best: name of the metric whose highest value marks the best checkpoint, or None.
+  committed: called with the step of each checkpoint that is whole, from another thread.
   """
 
-  def __init__(self, workdir, *, keep: int = 2, best: str | None = None):
+  def __init__(
+    self,
+    workdir,
+    *,
+    keep: int = 2,
+    best: str | None = None,
+    committed: Callable[[int], None] = lambda step: None,
+  ):
     # Orbax wants whole paths; a bucket's is one.
-    whole = "://" in str(workdir)
+    whole = is_remote(workdir)
     self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
     self.best = best
+    self._say_committed = committed
     self._keep = keep
     self._hashing: list[threading.Thread] = []
     self._over = threading.Event()  # what is not committed by then never will be
@@ -75,7 +86,7 @@ class Checkpoints:
       metrics={"score": metrics[self.best]} if self.best in metrics else {},
       force=True,
     )
-    thread = threading.Thread(target=self._hash, args=(step,), daemon=True)
+    thread = threading.Thread(target=self._finish, args=(step,), daemon=True)
     thread.start()
     self._hashing = [t for t in self._hashing if t.is_alive()] + [thread]
 
@@ -174,6 +185,8 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     # Opened late: reading a workdir must not create anything in it.
     if self._manager is None:
+      # It logs with a traceback what it then raises in `save` or `wait`.
+      logging.getLogger("absl").addFilter(_not_orbax)
       score = lambda metrics: metrics.get("score", -np.inf)
       self._manager = ocp.CheckpointManager(
         self.directory,
@@ -203,15 +216,21 @@ class Checkpoints:
   def _manifests(self, step: int) -> list[epath.Path]:
     return sorted((self.workdir / "hashes").glob(f"{step}.*.json"))
 
-  def _hash(self, step: int):
-    path = self.directory / str(step)
+  def _finish(self, step: int):
+    """Hashes a checkpoint as soon as Orbax has committed it."""
+    path, wait = self.directory / str(step), 0.02
     while not _committed(path):
-      if self._over.wait(0.02) and not _committed(path):
+      if self._over.wait(wait) and not _committed(path):
         return
       # A newer save may have pushed this one out before we came to look.
       if max(self.steps(), default=step) > step and not path.exists():
         return
-    process = jax.process_index()
+      wait = min(2 * wait, 1.0) if is_remote(path) else wait  # each look is a request
+    self._say_committed(step)
+    self._hash(step)
+
+  def _hash(self, step: int):
+    path, process = self.directory / str(step), jax.process_index()
     with contextlib.suppress(FileNotFoundError):
       mine = [f for f in _files(path) if _owner(f) % jax.process_count() == process]
       files = {f: _digest(path / f) for f in mine}
@@ -286,9 +305,9 @@ class Checkpoints:
       while target.exists():
         count += 1
         target = aside / f"{step}.{count}"
-      (self.directory / str(step)).rename(target)
+      _move(self.directory / str(step), target)
       for manifest in self._manifests(step):
-        manifest.rename(aside / f"{target.name}.{manifest.name}")
+        _move(manifest, aside / f"{target.name}.{manifest.name}")
     return epath.Path(processes.from_first(os.fspath(target)))  # all wait for it
 
 
@@ -305,18 +324,31 @@ def _first(faults: list[str | None]) -> str | None:
   return next((fault for fault in faults if fault is not None), None)
 
 
-def _files(path: epath.Path) -> list[str]:
-  root = os.fspath(path)
-  return sorted(
-    os.path.relpath(os.path.join(folder, file), root)
-    for folder, _, files in os.walk(root)
-    for file in files
-  )
+def _move(path: epath.Path, target: epath.Path):
+  if not is_remote(path):
+    path.rename(target)
+  elif path.is_dir():  # buckets have no directories that could be renamed
+    for file in _files(path):
+      _move(path / file, target / file)
+  else:
+    target.write_bytes(path.read_bytes())
+    path.unlink()
+
+
+def _files(path: epath.Path, prefix: str = "") -> list[str]:
+  """Names of all files below `path`, sorted; also in a bucket."""
+  found = []
+  for entry in path.iterdir():
+    if entry.is_dir():
+      found += _files(entry, f"{prefix}{entry.name}/")
+    else:
+      found.append(prefix + entry.name)
+  return sorted(found)
 
 
 def _owner(file: str) -> int:
   """The process that wrote a file of a checkpoint: Orbax names its directories so."""
-  for part in file.split(os.sep):
+  for part in file.split("/"):
     if part.startswith("ocdbt.process_"):
       return int(part.removeprefix("ocdbt.process_"))
   return 0
@@ -335,6 +367,10 @@ def _digest(file: epath.Path) -> tuple[int, str]:
 def _first_line(error: Exception) -> str:
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:120]
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
 
 
 @contextlib.contextmanager

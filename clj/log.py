@@ -1,16 +1,25 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress line; first process only."""
+"""What a run tells: metrics.jsonl, TensorBoard, a progress line; first process only.
+
+Object stores cannot append. So where the workdir is in a bucket these files are kept on
+the local disk, and uploaded whole before each checkpoint and at the end.
+"""
 
 import contextlib
 import json
 import math
 import os
+import pathlib
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
+
+from clj.workdir import is_remote
 
 
 def read_metrics(workdir) -> list[dict]:
@@ -41,25 +50,44 @@ def last_values(workdir, prefix: str = "") -> dict[str, float]:
 
 
 class Meter:
-  """Wall-clock time of training, without evaluations and saves."""
+  """Where the wall-clock time of a run goes.
+
+  Training is all but evaluations and saves. A step's time has parts: waiting for the
+  batch ("host_wait"), for the call of the step and its result ("device"), and the rest.
+  The loop works one step ahead, so that what the host does while the device computes
+  costs nothing: a device that waits for its host shows as a long "host_wait".
+  """
+
+  _OTHERS = ("evaluation", "checkpoint")
 
   def __init__(self, batch_size: int, step: int, seconds: float):
     self._batch_size, self._before = batch_size, seconds
     self._spent, self._began = 0.0, None
     self._mark = (step, 0.0)
+    self._parts = {
+      "host_wait": 0.0,
+      "device": 0.0,
+      "evaluation": 0.0,
+      "checkpoint": 0.0,
+    }
 
   def start(self):
     self._began = time.monotonic()
 
   @contextlib.contextmanager
-  def pause(self):
-    running = self._began is not None
-    if running:
-      self._spent += time.monotonic() - self._began
-    self._began = None
-    yield
-    if running:
-      self.start()
+  def part(self, name: str):
+    """name: "host_wait", "device", or "evaluation", "checkpoint": not training."""
+    began, running = time.monotonic(), self._began is not None
+    pause = running and name in self._OTHERS
+    if pause:
+      self._spent += began - self._began
+      self._began = None
+    try:
+      yield
+    finally:
+      self._parts[name] += time.monotonic() - began
+      if pause:
+        self.start()
 
   def seconds(self) -> float:
     """Of training, those before a restart included."""
@@ -74,9 +102,46 @@ class Meter:
     return (step - marked) * self._batch_size / max(self._here() - at, 1e-9)
 
   def read(self, step: int) -> dict[str, float]:
-    rate = self.rate(step)
+    """Since the last call; host_wait and device by step, the others in all."""
+    marked, at = self._mark
+    steps = max(step - marked, 1)
+    found = {
+      "perf/examples_per_s": self.rate(step),
+      "perf/train_seconds": self.seconds(),
+      "perf/step_seconds": (self._here() - at) / steps,
+    }
+    for name, spent in self._parts.items():
+      found[f"perf/{name}_seconds"] = spent if name in self._OTHERS else spent / steps
+      self._parts[name] = 0.0
     self._mark = (step, self._here())
-    return {"perf/examples_per_s": rate, "perf/train_seconds": self.seconds()}
+    return found
+
+
+def local_copy(workdir) -> epath.Path:
+  """`workdir`, or for one in a bucket a local directory that `upload` copies there."""
+  return epath.Path(tempfile.mkdtemp() if is_remote(workdir) else workdir)
+
+
+def upload(local: epath.Path, workdir):
+  """Copies all files below `local` to `workdir`, each whole, if that is in a bucket."""
+  if not is_remote(workdir):
+    return
+  for source in pathlib.Path(local).rglob("*"):
+    if source.is_file():
+      target = epath.Path(workdir) / source.relative_to(local)
+      target.write_bytes(source.read_bytes())
+
+
+def start_trace(workdir) -> Callable:
+  """Starts a trace of this process for TensorBoard; returns what ends and writes it."""
+  local = local_copy(workdir)
+  jax.profiler.start_trace(os.fspath(local))
+
+  def stop():
+    jax.profiler.stop_trace()
+    upload(local, workdir)
+
+  return stop
 
 
 class Log:
@@ -90,15 +155,15 @@ class Log:
     self._first = jax.process_index() == 0
     if not self._first:
       return
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._path = workdir / "metrics.jsonl"
+    self._workdir, self._local = workdir, local_copy(workdir)
+    self._local.mkdir(parents=True, exist_ok=True)
+    path = self._local / "metrics.jsonl"
     kept = [m for m in read_metrics(workdir) if m["step"] <= start_step]
-    partial = workdir / "metrics.jsonl.partial"
+    partial = self._local / "metrics.jsonl.partial"
     partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
-    partial.replace(self._path)
-    self._file = open(self._path, "a")  # noqa: SIM115
-    self._board = _tensorboard(workdir / "tensorboard", start_step)
+    partial.replace(path)
+    self._file = open(path, "a")  # noqa: SIM115
+    self._board = _tensorboard(self._local / "tensorboard", start_step)
     # A terminal gets a bar that redraws itself, a log file a line now and then.
     self._bar = tqdm(
       initial=start_step,
@@ -123,10 +188,11 @@ class Log:
         self._board.add_scalar(key, value, step)
 
   def sync(self):
-    """Puts what was written on the disk, before a checkpoint vouches for it."""
+    """Puts what was written on disk or bucket, before a checkpoint vouches for it."""
     if self._first:
       os.fsync(self._file.fileno())
       self._board.flush()
+      upload(self._local, self._workdir)
 
   def progress(self, step: int, loss: float, examples_per_s: float, log_now: bool):
     if not self._first:
@@ -164,6 +230,7 @@ class Log:
       self._bar.close()
       self._file.close()
       self._board.close()
+      upload(self._local, self._workdir)
 
 
 def _tensorboard(directory, start_step):

@@ -81,8 +81,7 @@ def guarded(action) -> int:
     if processes.is_loss(error):
       if DEBUG.value:
         traceback.print_exception(error)
-      print(f"clj: {processes.LOST}", file=sys.stderr)
-      return processes.AGAIN
+      processes.leave_lost()
     if DEBUG.value or not isinstance(error, user_errors()):
       traceback.print_exception(error)
       return processes.FAILED

@@ -117,7 +117,7 @@ def supervise(command: list[str], patience: float) -> int:
   """Runs `command` as the child that trains; returns the exit code of the run.
 
   patience: seconds. A child that gives no sign of life for so long, or whose step takes
-  longer than that and than five times the longest step before it, is ended.
+  1.5 times as long and five times as long as the longest step before it, is ended.
   """
   reading, writing = os.pipe()
   # SIGTERM waits until the child can be told; the child unblocks it in `listen`.
@@ -164,7 +164,8 @@ class Watch:
     self.code: int | None = None
     self._patience = patience
     self._longest = 0.0  # step so far, seconds
-    self._doing, self._since, self._alive = "busy", now, now
+    self._doing, self._since = "busy", now
+    self._alive: float | None = None  # it still loads its modules
 
   def note(self, word: str, now: float):
     """word: "alive", "step" (one is done), "busy" (with something else), "exit N"."""
@@ -178,9 +179,11 @@ class Watch:
 
   def stuck(self, now: float) -> str | None:
     """One line where the child is stuck, else None."""
-    if now - self._alive > self._patience:
+    if self._alive is not None and now - self._alive > self._patience:
       return f"the process that trains gave no sign of life for {self._patience:g} s"
-    limit = max(self._patience, 5 * self._longest) if self._doing == "step" else BUSY
+    # The runtime's heartbeats, which find a dead process, come first.
+    least = 1.5 * self._patience
+    limit = max(least, 5 * self._longest) if self._doing == "step" else BUSY
     if self.code is None and now - self._since > limit:
       what = "step" if self._doing == "step" else "compilation, evaluation or save"
       return (
@@ -269,6 +272,16 @@ def leave(code: int):
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
+
+
+def leave_lost():
+  """Ends a child that lost another process: the parent says so, as the last line.
+
+  The runtime's own threads may be about to abort this process, with a stack trace.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(AGAIN)
 
 
 def is_loss(error: BaseException | None) -> bool:

@@ -172,7 +172,11 @@ def train(
   grid = sharding.of_config(mesh)
   sharding.check_batch_size(batch_size, grid)
   workdir.check_config(directory, config)
-  checkpoints = checkpoint.Checkpoints(directory, best=best_metric(evals))
+  checkpoints = checkpoint.Checkpoints(
+    directory,
+    best=best_metric(evals),
+    committed=lambda step: writer.say(f"step {step}: saved"),
+  )
   evaluated = not evals or log.evaluated(directory, total_steps)
   finished = evaluated and checkpoints.steps()[-1:] == [total_steps]
   if processes.from_first(finished) and not checkpoints.agreed_fault(total_steps):
@@ -189,7 +193,7 @@ def train(
   source = sources.open_config(data, "train_split")
   if section := data.get("text"):
     captions = lambda: sources.captions_of(source)
-    started = bool(checkpoints.steps())
+    started = processes.from_first(bool(checkpoints.steps()))
     tokenizer = text.of_run(directory, section, captions, started=started)
     source = sources.tokenized(source, tokenizer)
     print(text.describe(tokenizer, source.truncated), flush=True)
@@ -279,7 +283,8 @@ def train(
       if pending is None:
         return
       (step, metrics), pending = pending, None
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      with meter.part("device"):
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       processes.tell("step")
       if not metrics.pop("finite"):
         raise FloatingPointError(_not_finite(step, metrics["loss"], checkpoints))
@@ -296,17 +301,20 @@ def train(
     def evaluate_now(step):
       nonlocal scores
       processes.tell("busy")
-      with meter.pause():
+      writer.say(f"step {step}: evaluating")
+      with meter.part("evaluation"):
         found = evaluate(
           state.params, state.extra, step, step == total_steps, writer, stopping
         )
       if found is not None:  # else stopped in the middle; done again after the restart
         writer.write(step, found)
+        writer.say(f"step {step}: evaluated")
         scores = step, found
 
     def save(step):
       processes.tell("busy")
-      with meter.pause():
+      writer.say(f"step {step}: saving")
+      with meter.part("checkpoint"):
         writer.sync()
         at, found = scores
         clock = {"seconds": meter.seconds()}
@@ -314,7 +322,7 @@ def train(
           clock["tokenizer"] = source.tokenizer.fingerprint
         checkpoints.save(step, state, clock, found if at == step else {})
 
-    done, saved, tracing = start, start, False
+    done, saved, stop_trace = start, start, None
     try:
       if due(start) and not started:
         evaluate_now(start)
@@ -323,22 +331,22 @@ def train(
         for step in range(start, total_steps):
           if stopping():
             break
-          batch = sharding.to_global(next(batches), grid)
+          with meter.part("host_wait"):
+            batch = sharding.to_global(next(batches), grid)
           if step == 0:
             _draw_views(writer, program.augment, state.rng, batch)
-          if profile_from <= step < profile_to and not tracing:
-            jax.profiler.start_trace(str(directory))
-            tracing = True
-          with jax.transfer_guard("disallow"):
+          if profile_from <= step < profile_to and stop_trace is None:
+            stop_trace = log.start_trace(directory)
+          with jax.transfer_guard("disallow"), meter.part("device"):
             state, metrics = program.step(state, batch)
           settle()  # the step before; the device is busy with this one meanwhile
           pending, done = (step + 1, metrics), step + 1
           last = done == total_steps
-          if tracing and (done == profile_to or last):
+          if stop_trace is not None and (done == profile_to or last):
             settle()
             processes.tell("busy")
-            jax.profiler.stop_trace()
-            tracing = False
+            stop_trace()
+            stop_trace = None
           # What was evaluated is saved too: it may be the best.
           regular = checkpoint_every > 0 and done % checkpoint_every == 0
           save_due = last or regular or due(done)
@@ -353,10 +361,12 @@ def train(
         settle()
         save(done)
     finally:
-      if tracing:
-        jax.profiler.stop_trace()
-      checkpoints.close()
-      writer.close()
+      if stop_trace is not None:
+        stop_trace()
+      try:
+        checkpoints.close()
+      finally:
+        writer.close()
   if source.bad:
     print(f"{len(source.bad)} corrupt records were replaced by the next good ones")
   if done < total_steps or (evals and scores[0] != done):

@@ -1,5 +1,6 @@
 """config.json: what a workdir was trained with; the guard against another recipe."""
 
+import importlib.util
 import json
 import subprocess
 from importlib import metadata
@@ -24,6 +25,32 @@ FREE = (
 
 # Of these keys, what may differ between the processes of a run.
 HOST = {"data.data_dir", "data.threads"}
+
+
+def is_remote(path) -> bool:
+  """Whether `path` lies in a bucket: "gs://..."."""
+  return "://" in str(path)
+
+
+def open_remote(path):
+  """Makes a path in a bucket usable; raises ValueError, one line, where it cannot be.
+
+  Local paths need nothing.
+  """
+  if not is_remote(path):
+    return
+  scheme = str(path).partition("://")[0]
+  package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme)
+  if package is None:
+    raise ValueError(f"{path}: no storage {scheme!r}; use gs://, s3:// or a local path")
+  if importlib.util.find_spec(package) is None:
+    raise ValueError(f"{path} needs the package {package}: pip install {package}")
+  import fsspec
+
+  # Other processes, and TensorStore in this one, write there too.
+  fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})[
+    "use_listings_cache"
+  ] = False
 
 
 def read_config(workdir) -> dict:
@@ -78,6 +105,7 @@ def _path(workdir) -> epath.Path:
 
 
 def _history(workdir, missing=None) -> list[dict]:
+  open_remote(workdir)
   path = _path(workdir)
   if not path.exists():
     if missing is None:
