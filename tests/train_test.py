@@ -202,7 +202,7 @@ def test_config_json_keeps_every_version(tmp_path):
     ({"mesh": {"data": 3, "fsdp": 1}}, "data=3"),
     ({"profile": "5"}, "profile is '5'"),
     ({"evals": {"nearest": {}}}, "no evaluation 'nearest'"),
-    ({"method": {"name": "simclear"}}, "no method 'simclear'; there are: simclr"),
+    ({"method": {"name": "simclear"}}, "no method 'simclear'; there are: clip, simclr"),
   ],
 )
 def test_bad_values_are_one_line(tmp_path, change, message):
