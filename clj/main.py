@@ -117,13 +117,17 @@ def user_errors() -> tuple:
 def complain(error: Exception, debug: bool = False) -> int:
   if debug:
     traceback.print_exception(error)
+  if isinstance(error, BrokenPipeError):  # `--help | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   line = lines[0] if lines else type(error).__name__
   # A misspelt key, as ml_collections says it.
   if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
     line = f"no key {found[2]!r} in this section; did you mean {found[1]!r}?"
   elif isinstance(error, KeyError | AttributeError):
-    line = f"no key {line} in the config"
+    key = line.strip("\"'")
+    line = f"no key {key!r} in this section of the config; the file explains its keys"
   if "Traceback (most recent call last):" in lines:
     # config_flags puts the traceback of a config file into the message.
     line = lines[-1].partition(": ")[2] or lines[-1]

@@ -221,6 +221,7 @@ def test_bad_values_are_one_line(tmp_path, change, message):
       ["--config=configs/simclr.py:smoke", "--config.optim.learning_rte=1"],
       "no key 'learning_rte' in this section; did you mean 'learning_rate'",
     ),
+    (["--config=configs/simclr.py:smoke", "--config.optim.lr=1"], "no key 'lr'"),
     ([], "--config"),
   ],
 )
