@@ -75,7 +75,8 @@ def open_folder(name: str, split: str, caption: str | None = None) -> Source:
   named = found.get("train") or _scan(os.path.join(root, folders["train"]))
   classes = sorted({f.split("/")[0] for f in named[0] if "/" in f})
   number = {x: i for i, x in enumerate(classes)}
-  paths = [os.path.join(root, folders[x], f) for x, f in files]
+  names = [os.path.join(folders[x], f) for x, f in files]
+  paths = [os.path.join(root, name) for name in names]
   labels = [number.get(f.split("/")[0], -1) if "/" in f else -1 for _, f in files]
 
   def read(indices):
@@ -83,6 +84,7 @@ def open_folder(name: str, split: str, caption: str | None = None) -> Source:
     for i in indices:
       try:
         record = {"image": _bytes(paths[i]), "label": labels[i]}
+        record |= {"id": names[i], "path": paths[i]}
         if caption is not None:
           record["caption"] = _caption_beside(paths[i])
         records.append(record)
@@ -214,22 +216,23 @@ class Columns(NamedTuple):
     for i in map(int, indices):
       try:
         row = {key: column[i].as_py() for key, column in columns.items()}
-        records.append(self._record(row))
+        records.append(self._record(row, i))
       except (OSError, ValueError) as error:
         records.append(error)
     return records
 
-  def _record(self, row):
-    image = row["image"]
+  def _record(self, row, number):
+    image, place = row["image"], {"id": str(number)}
     if isinstance(image, dict):  # as Hugging Face's data sets have it
       image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
       if re.match(r"https?://", image):
         raise ValueError(f"{image} is not a file; img2dataset downloads such tables")
-      image = _bytes(os.path.join(self.folder, image))
+      place = {"id": image, "path": os.path.join(self.folder, image)}
+      image = _bytes(place["path"])
     if not image:
       raise ValueError("it has no picture")
-    record = {"image": image, "label": self.number.get(row.get("label"), -1)}
+    record = {"image": image, "label": self.number.get(row.get("label"), -1), **place}
     if "caption" in self.names:
       said = row["caption"]
       said = said if isinstance(said, list) else [said]
@@ -463,18 +466,21 @@ def open_shards(name, split, fields, class_names) -> Source:
   def read(indices):
     records = []
     for i in indices:
-      shard, members = places[i]
+      shard, key, members = places[i]
       try:
         if isinstance(members, str):
           raise ValueError(members)
-        records.append(sample_record(_content(shards[shard], members), fields))
+        record = sample_record(_content(shards[shard], members), fields)
+        records.append(record | {"id": f"{os.path.basename(shards[shard])}:{key}"})
       except (OSError, ValueError) as error:
         records.append(error)
     return records
 
-  labelled = any("cls" in members for _, members in places)
+  labelled = any("cls" in members for _, _, members in places)
   if labelled and class_names is None:
-    labels = [_content(shards[s], {"cls": m["cls"]}) for s, m in places if "cls" in m]
+    labels = [
+      _content(shards[s], {"cls": m["cls"]}) for s, _, m in places if "cls" in m
+    ]
     class_names = tuple(map(str, range(max(int(x["cls"]) for x in labels) + 1)))
   return Source(
     f"{name} {split}",
@@ -487,12 +493,13 @@ def open_shards(name, split, fields, class_names) -> Source:
 
 
 def _index(path, number):
-  """The samples of a shard: (its number, where the members lie or what is wrong)."""
+  """The samples of a shard: its number, key, where the members lie or what is wrong."""
   try:
     with tarfile.open(path, "r:") as shard:
       return [
         (
           number,
+          sample.key,
           sample.error
           or {x: (m.offset_data, m.size) for x, m in sample.members.items()},
         )

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import cv2
 import numpy as np
@@ -61,7 +62,7 @@ def _pillow(data):
     with Image.open(io.BytesIO(data)) as image:
       return from_pillow(image)
   except Exception as error:  # Pillow raises a dozen kinds on broken data.
-    message = str(error).replace(" <_io.BytesIO object at", " <at") or repr(error)
+    message = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or repr(error)
     raise ValueError(message) from None
 
 

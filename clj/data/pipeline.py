@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -154,6 +154,68 @@ def caption_batches(
     }
 
 
+def record_batches(
+  source: Source,
+  records: Sequence[range],
+  *,
+  batch_size: int,
+  size: int | None,
+  crop: float = 0.875,
+  threads: int | None = None,
+) -> Iterator[tuple[np.ndarray | None, list]]:
+  """What is known of given records, and their pictures, each record in its own row.
+
+  Args:
+    source: what to read.
+    records: of each batch, at most `batch_size`; they may be any of the source's.
+    batch_size: rows of the pictures.
+    size, crop: as in `eval_batches`; size None: no pictures.
+    threads: that decode; None: one a processor.
+
+  Returns:
+    An iterator with `close()`, over pairs: pictures uint8 [batch_size, 1, size, size,
+    3], and a list of the records, without their pictures: "id", "label", "caption"
+    where there are any, "path" where it is a file. A corrupt record is the exception
+    in this list, and its row, as those that fill up the batch, is black. A record
+    without a caption is none the worse.
+  """
+  chunks = -(-batch_size // _CHUNK)
+
+  def chunk(element):
+    number, part = divmod(element, chunks)
+    mine = records[number][part * _CHUNK : (part + 1) * _CHUNK]
+    rows = min(_CHUNK, batch_size - part * _CHUNK)
+    pictures = None if size is None else np.zeros((rows, 1, size, size, 3), np.uint8)
+    found = read_records(source, mine) if mine else []
+    for row, record in enumerate(found):
+      if isinstance(record, Exception):
+        continue
+      try:
+        picture = record.pop("image")
+        if size is not None:
+          picture = images.decode(picture) if isinstance(picture, bytes) else picture
+          pictures[row, 0] = images.crop_centrally(picture, size, crop)
+      except Exception as error:
+        found[row] = error
+    return pictures, found
+
+  for parts in _threaded(chunk, chunks, len(records), threads or os.cpu_count()):
+    pictures = None if size is None else np.concatenate([p for p, _ in parts])
+    yield pictures, [record for _, found in parts for record in found]
+
+
+def read_records(source: Source, indices: Sequence[int]) -> list:
+  """Records as `Source.read` gives them; those in memory with their picture decoded."""
+  if source.arrays is None:
+    return source.read(indices)
+  arrays, captions = source.arrays, source.captions
+  return [
+    {"image": arrays["image"][i], "label": arrays["label"][i], "id": str(i)}
+    | ({"caption": captions[i]} if captions else {})
+    for i in indices
+  ]
+
+
 @functools.lru_cache(maxsize=2)  # what is streamed is read for its captions once
 def _all_captions(source):
   """ids [M, L], mask [M, L] and record [M] of every caption of a source."""
@@ -257,8 +319,16 @@ def _stream(
       batch["text"][list(rows)], batch["text_mask"][list(rows)] = ids, mask
     return batch
 
-  # Threads: OpenCV, Pillow and the readers release the GIL, and worker processes would
-  # have to be found and ended when the parent is killed.
+  for parts in _threaded(chunk, chunks, count, threads):
+    yield {key: np.concatenate([p[key] for p in parts]) for key in source.keys}
+
+
+def _threaded(chunk: Callable, chunks: int, count: int | None, threads: int):
+  """Yields `count` lists (None: no end) of `chunks` results of `chunk(element)` each.
+
+  Threads: OpenCV, Pillow and the readers release the GIL, and worker processes would
+  have to be found and ended when the parent is killed.
+  """
   total = sys.maxsize if count is None else count * chunks
   ahead = max(2 * chunks, 2 * threads)
   dataset = grain.MapDataset.range(total).map(chunk)
@@ -269,8 +339,7 @@ def _stream(
   )
   try:
     for _ in itertools.count() if count is None else range(count):
-      parts = [next(iterator) for _ in range(chunks)]
-      yield {key: np.concatenate([p[key] for p in parts]) for key in source.keys}
+      yield [next(iterator) for _ in range(chunks)]
   finally:
     iterator.close()
 

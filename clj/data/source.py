@@ -48,9 +48,10 @@ class Source:
     arrays: the records as arrays with a leading axis of `size`, `image` uint8
       [N, H, W, 3] and `label` int32 [N] among them; None for a source that is read
       record by record. Only what `keys` names goes into batches.
-    read: `indices -> list of {"image": bytes, "label": int}`, the pictures encoded; a
-      record that cannot be read comes as the exception. None where there are arrays.
-      With `captioned`, "caption" is a list of strings.
+    read: `indices -> list of {"image": bytes, "label": int, "id": str}`, the pictures
+      encoded; a record that cannot be read comes as the exception. None where there are
+      arrays. With `captioned`, "caption" is a list of strings. "path" is there where
+      the picture is a file of its own.
     files: path of each record, where each is a file of its own; else None.
     bad: the corrupt records met so far, index -> reason.
     captioned: whether it was opened with captions.

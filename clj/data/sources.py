@@ -66,7 +66,8 @@ def open_source(
       are mixed over the classes; parts of tables and shards are rows in their order.
     data_dir: where TFDS data lies prepared; None: TFDS_DATA_DIR, then TFDS's default.
     memory_limit: TFDS pictures of one fixed size that decode to at most this many
-      bytes are decoded now and held; 0: never.
+      bytes are decoded now and held; 0: never. A table that is larger (for 0: larger
+      than 2 GiB) is refused.
     memory_size: pictures of any size are decoded now and held as squares of this side
       (`images.fit`), in pixels; 0: as they are.
     caption: the field that holds captions, a string or several; None: no captions.
@@ -90,7 +91,7 @@ def open_source(
   if kind == "folder":
     source = files.open_folder(name, split, caption)
   elif kind in ("csv", "parquet"):
-    source = files.open_table(name, split, fields, class_names, memory_limit)
+    source = files.open_table(name, split, fields, class_names, memory_limit or 2 << 30)
   elif kind == "webdataset":
     source = files.open_shards(name, split, fields, class_names)
   else:
@@ -181,7 +182,8 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   records = builder.as_data_source(
     split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
-  files = [x.filename for x in info.splits[split].file_instructions]
+  parts = info.splits[split].file_instructions
+  files = [x.filename for x in parts]
   with futures.ThreadPoolExecutor(16) as pool:  # a bucket answers slowly
     there = list(pool.map(lambda file: epath.Path(file).exists(), files))
   if not all(there):
@@ -190,6 +192,10 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
 
   label, caption = wanted.get("label"), wanted.get("caption")
   named = {fields[key]: feature for key, feature in wanted.items()}
+  own = dict(info.features).get("key")  # what `clj.data.ingest` calls a record
+  if isinstance(own, tfds.features.Text) and "key" not in named:
+    named["key"] = own
+  first = np.cumsum([0, *(x.take for x in parts)])
   example = tfds.features.FeaturesDict(named)
   encoded = {fields["image"]: tfds.decode.SkipDecoding()}
   if isinstance(label, tfds.features.Text):
@@ -198,9 +204,17 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   elif label is not None:
     class_names = label.names
 
-  def parse(raw):
+  def id_of(index, record):
+    """The record's own key, or TFDS's id: its file and its place there."""
+    if "key" in named and "key" not in fields.values():
+      return _string(record["key"])
+    part = np.searchsorted(first, index, side="right") - 1
+    place = index - first[part] + parts[part].skip
+    return f"{os.path.basename(files[part])}__{place}"
+
+  def parse(index, raw):
     record = example.deserialize_example_np(raw, decoders=encoded)
-    parsed = {"image": record[fields["image"]], "label": -1}
+    parsed = {"image": record[fields["image"]], "label": -1, "id": id_of(index, record)}
     if isinstance(label, tfds.features.Text):
       parsed["label"] = number.get(_string(record[fields["label"]]), -1)
     elif label is not None:
@@ -214,7 +228,7 @@ def _open_tfds(name, split, data_dir, memory_limit, fields, class_names):
   def read(indices):
     indices = [int(i) for i in indices]
     try:
-      return [parse(raw) for raw in records.__getitems__(indices)]
+      return [parse(i, raw) for i, raw in zip(indices, records.__getitems__(indices))]
     except Exception as error:
       if "interpreter shutdown" in str(error):
         raise  # This process ends while a batch ahead is being read.
