@@ -7,6 +7,7 @@ evaluation of the config's section `evals` gets the same features.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -35,6 +36,10 @@ from clj.evals.rows import fetch
 from clj.methods import make_method
 
 
+class Stopped(Exception):
+  """An evaluation was asked to stop on the way; it starts again after the restart."""
+
+
 def never() -> bool:
   return False
 
@@ -47,14 +52,14 @@ def embed_source(
   batch_size: int,
   crop: float = 0.875,
   stopping=never,
-) -> dict | None:
+) -> dict:
   """Embeds the pictures of every record of a source, in the mesh of the context.
 
   embed: `batch -> dict of arrays [B, d]`; batch["image"] is uint8 `[B, 1, S, S, 3]`.
   size, crop: as in `images.crop_centrally`.
   Returns a dict of arrays `[N', d]`, split over the devices, with "label" and "index"
   `[N']`: -1 in rows that only fill up the last batch. The order of the rows is not that
-  of the records; "index" has it. None if `stopping()` on the way.
+  of the records; "index" has it. Raises Stopped if `stopping()` on the way.
   """
   mesh = jax.sharding.get_mesh()
   # Rounded up to what all devices share; a small training batch would waste their time.
@@ -65,7 +70,7 @@ def embed_source(
     source, batch_size=batch_size, rows=rows, size=size, crop=crop
   ):
     if stopping():
-      return None
+      raise Stopped
     batch.setdefault("label", np.full(len(batch["index"]), -1, np.int32))
     # Captions are embedded on their own: a picture may have several.
     batch = {k: v for k, v in batch.items() if k not in ("text", "text_mask")}
@@ -74,26 +79,36 @@ def embed_source(
   return {key: _join(*(part[key] for part in parts)) for key in parts[0]}
 
 
-def embed_captions(embed: Callable, source, *, batch_size: int = 256) -> dict:
+def embed_captions(
+  embed: Callable, source, *, batch_size: int = 256, stopping=never
+) -> dict:
   """Embeds every caption of a source, in the mesh of the context.
 
   embed: `batch -> dict of arrays [B, d]` of a batch of "text" and "text_mask".
   Returns a dict of arrays `[M', d]`, split over the devices, with "index" `[M']`, the
-  record of each caption (-1 in rows that only fill up), and "tokens" `[M', L]`.
+  record of each caption (-1 in rows that only fill up), and "tokens" `[M', L]`. Raises
+  Stopped if `stopping()` on the way.
   """
   mesh = jax.sharding.get_mesh()
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.process_rows(batch_size, mesh)
   parts = []
   for batch in pipeline.caption_batches(source, batch_size=batch_size, rows=rows):
+    if stopping():
+      raise Stopped
     batch = sharding.to_global(batch, mesh)
     said = {key: batch[key] for key in ("text", "text_mask")}
     parts.append(embed(said) | {"index": batch["index"], "tokens": batch["text"]})
   return {key: _join(*(part[key] for part in parts)) for key in parts[0]}
 
 
-def embed_texts(embed: Callable, tokenizer, texts, *, batch_size: int = 256) -> dict:
-  """Embeds texts: arrays `[n, d]` by name, on every host."""
+def embed_texts(
+  embed: Callable, tokenizer, texts, *, batch_size: int = 256, stopping=never
+) -> dict:
+  """Embeds texts: arrays `[n, d]` by name, on every host.
+
+  Raises Stopped if `stopping()` on the way.
+  """
   mesh = jax.sharding.get_mesh()
   batch_size = -(-batch_size // mesh.size) * mesh.size
   first, stop = sharding.process_rows(batch_size, mesh)
@@ -102,6 +117,8 @@ def embed_texts(embed: Callable, tokenizer, texts, *, batch_size: int = 256) -> 
   ids, mask = np.pad(ids, pad, constant_values=tokenizer.pad_id), np.pad(mask, pad)
   parts = []
   for start in range(0, len(ids), batch_size):
+    if stopping():
+      raise Stopped
     mine = slice(start + first, start + stop)
     batch = sharding.to_global({"text": ids[mine], "text_mask": mask[mine]}, mesh)
     parts.append({key: fetch(z) for key, z in embed(batch).items()})
@@ -178,13 +195,17 @@ def make_evaluate(
       stopping=stopping,
     )
 
-  def evaluate(params, extra, step, final, writer=None, stopping=never):
+  def evaluate(*args, **kwargs):
+    with contextlib.suppress(Stopped):
+      return measure(*args, **kwargs)
+
+  def measure(params, extra, step, final, writer=None, stopping=never):
     cache = {}
     of_picture = lambda batch: features(params, extra, batch)
     of_text = lambda batch: of_texts(params, extra, batch)
 
     def embedded(source, data):
-      """Every source once for all evaluations; None if stopped."""
+      """Every source once for all evaluations."""
       if id(source) not in cache:
         cache[id(source)] = embed_split(of_picture, source, data, stopping)
       return cache[id(source)]
@@ -195,15 +216,15 @@ def make_evaluate(
         continue
       train = plan.train and embedded(plan.train, plan.data)
       test = embedded(plan.test, plan.data)
-      if test is None or (plan.train and train is None):
-        return None
       if plan.name == "diagnostics" and data["views"] > 1:
         test = test | {"views": views_of(plan, params, extra)}
       task = Task(
         plan.test.name,
         plan.test.class_names or (),
-        lambda texts: embed_texts(of_text, train_source.tokenizer, texts),
-        lambda source=plan.test: embed_captions(of_text, source),
+        lambda texts: embed_texts(
+          of_text, train_source.tokenizer, texts, stopping=stopping
+        ),
+        lambda source=plan.test: embed_captions(of_text, source, stopping=stopping),
       )
       values = EVALS[plan.name](train, test, task, **plan.options)
       # At step 0 the untrained network may well look collapsed.
@@ -221,8 +242,7 @@ def make_evaluate(
       return metrics
     # Pixels of photographs say nothing.
     if step == 0 and plan.train.arrays is not None:
-      found = baselines(plan, stopping)
-      return None if found is None else metrics | found
+      return metrics | baselines(plan, stopping)
     if step and writer is not None and jax.process_count() == 1:
       picture = _neighbours(
         cache[id(plan.train)], cache[id(plan.test)], plan, plan.data["size"]
@@ -253,16 +273,11 @@ def make_evaluate(
       for split in ("train", "test"):
         source = getattr(plan, split)
         found[split] = embed_split(jax.jit(embed), source, plan.data, stopping)
-        if found[split] is None:
-          return None
       return found
 
     metrics = {}
-    if (found := of_pictures(color_histogram)) is None:
-      return None
-    metrics["eval/knn/color_histogram"] = knn(found)
-    if (found := of_pictures(raw_pixels)) is None:
-      return None
+    metrics["eval/knn/color_histogram"] = knn(of_pictures(color_histogram))
+    found = of_pictures(raw_pixels)
     metrics["eval/knn/raw_pixels"] = knn(found)
     weight = (found["train"]["index"] >= 0)[:, None]
     mean = (found["train"]["features"] * weight).sum(0, keepdims=True) / weight.sum()

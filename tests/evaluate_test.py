@@ -62,7 +62,7 @@ def evaluation(evals, source, **options):
     batch_size=16,
     **options,
   )
-  return lambda step, final=True: evaluate(params, {}, step, final)
+  return lambda step, final=True, **kwargs: evaluate(params, {}, step, final, **kwargs)
 
 
 def test_evaluations_have_data_of_their_own():
@@ -101,6 +101,18 @@ def test_baselines_are_called_before_where_weights_were_there():
     first, later = run(0), run(3)
   assert first["eval/zeroshot/before"] == first["eval/zeroshot/top1"]
   assert "eval/zeroshot/before" not in later and "eval/zeroshot/top1" in later
+
+
+def test_an_evaluation_stops_between_any_two_batches():
+  asked = []
+  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+    run = evaluation({"zeroshot": {}, "retrieval": {}}, opened())
+    assert run(1, stopping=lambda: asked.append(1)) is not None
+    assert len(asked) > 3  # pictures, prompts, captions
+    for moment in range(len(asked)):
+      rest = iter([False] * moment + [True])
+      assert run(1, stopping=lambda rest=rest: next(rest)) is None
+      assert not list(rest)
 
 
 def test_what_cannot_be_evaluated_is_said_in_a_line():
