@@ -6,6 +6,7 @@ each has inputs of its own, so that the gradient of their sum is that of each.
 """
 
 import functools
+import inspect
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -404,10 +405,24 @@ def _(x, target):
   {"x": normal(5, B, K)},
   lambda x: np.sum(np.tile(np.arange(K), (B, 1)) * sinkhorn_twin(STOPPED, 0.5) * x) / B,
   {"scores": (STOPPED := normal(6, B, K))},
+  axis=True,
 )
 def _(x, scores, axis_name=None):
   codes = losses.sinkhorn(scores, 0.5, axis_name=axis_name)
   return jnp.mean(jnp.sum(jnp.arange(K, dtype=jnp.float32)[None] * codes * x, axis=1))
+
+
+@case(
+  "update_center",
+  {"x": normal(71, B, K)},
+  lambda x: np.mean(x @ (0.7 * np.arange(K) + 0.3 * STOPPED.mean(0))),
+  {"teacher": STOPPED},
+  axis=True,
+)
+def _(x, teacher, axis_name=None):
+  center = jnp.arange(K, dtype=jnp.float32)
+  new = losses.update_center(center, teacher, 0.7, axis_name=axis_name)
+  return jnp.mean(jnp.sum(x * new[None], axis=1))
 
 
 SCORES = {"scores": np.tanh(normal(12, B, 3, K))}
@@ -458,13 +473,11 @@ def _(student, target, mask):
     + gram_twin(student, TEACHER, negatives="clip_teacher")
   ),
   {"teacher": TEACHER},
+  axis=True,
 )
-def _(student, teacher):
-  return (
-    losses.gram(student, teacher)
-    + losses.gram(student, teacher, negatives="clip")
-    + losses.gram(student, teacher, negatives="clip_teacher")
-  )
+def _(student, teacher, axis_name=None):
+  gram = functools.partial(losses.gram, student, teacher, axis_name=axis_name)
+  return gram() + gram(negatives="clip") + gram(negatives="clip_teacher")
 
 
 @case(
@@ -472,9 +485,12 @@ def _(student, teacher):
   {"student": normal(15, B, 4, D)},
   lambda student: gram_twin(student, TEACHER, "batch", "clip"),
   {"teacher": TEACHER},
+  axis=True,
 )
-def _(student, teacher):
-  return losses.gram(student, teacher, level="batch", negatives="clip")
+def _(student, teacher, axis_name=None):
+  return losses.gram(
+    student, teacher, level="batch", negatives="clip", axis_name=axis_name
+  )
 
 
 @case(
@@ -563,7 +579,14 @@ SAMPLED = {
   lambda query: moco_twin(query, TARGET, QUEUE, 0.2),
   {"key": TARGET, "queue": QUEUE},
 )
-def _(query, key, queue):
+@case(
+  "moco_replicated",  # rows stand alone: any step of one's own will do
+  {"query": normal(41, B, D)},
+  lambda query: moco_twin(query, TARGET, QUEUE, 0.2),
+  {"key": TARGET},
+  axis=True,
+)
+def _(query, key, queue=QUEUE, axis_name=None):
   return losses.moco(query, key, queue, 0.2)
 
 
@@ -661,9 +684,9 @@ def _(image, text, scale, t_image, t_text, axis_name=None):
   )
 
 
-@case("cpc", SEQUENCES, lambda **x: cpc_twin(**x, temperature=1.5))
-def _(**sequences):
-  return losses.cpc(**sequences, temperature=1.5)
+@case("cpc", SEQUENCES, lambda **x: cpc_twin(**x, temperature=1.5), axis=True)
+def _(axis_name=None, **sequences):
+  return losses.cpc(**sequences, temperature=1.5, axis_name=axis_name)
 
 
 @case(
@@ -671,9 +694,12 @@ def _(**sequences):
   SEQUENCES,
   lambda **x: cpc_twin(**x, temperature=1.5, negatives=DRAWN),
   {"row": DRAWN[0], "time": DRAWN[1]},
+  axis=True,
 )
-def _(row, time, **sequences):
-  return losses.cpc(**sequences, temperature=1.5, negatives=(row, time))
+def _(row, time, axis_name=None, **sequences):
+  return losses.cpc(
+    **sequences, temperature=1.5, negatives=(row, time), axis_name=axis_name
+  )
 
 
 @case(
@@ -690,9 +716,10 @@ def _(user, positive, negative):
   NODES,
   lambda view1, view2: sgl_twin(view1, view2, INDEX, 0.3),
   {"index": INDEX},
+  axis=True,
 )
-def _(view1, view2, index):
-  return losses.sgl(view1, view2, index, 0.3)
+def _(view1, view2, index, axis_name=None):
+  return losses.sgl(view1, view2, index, 0.3, axis_name=axis_name)
 
 
 for _correct, _hard in ((True, None), (False, None), (True, 5)):
@@ -886,17 +913,19 @@ def by_step(form):
     for name in AXIS:
       given = {}
       for k, w in params[name].items():
-        given[k] = w if w.ndim == 0 else jnp.matmul(inputs[name][k], w)
+        given[k] = jnp.matmul(inputs[name][k], w) if k in inputs[name] else w
       values[name] = CASES[name].loss(**given, **fixed[name], **axis)
     return sum(values.values()), values
 
+  splits = lambda x: np.ndim(x) and len(x) % 8 == 0  # scales and CPC's predictors do not
+
   def parameter(x):
-    return jnp.asarray(x) if np.ndim(x) == 0 else jnp.eye(x.shape[-1]) + 0.1
+    return jnp.eye(x.shape[-1]) + 0.1 if splits(x) else jnp.asarray(x)
 
   inputs = {name: INPUTS[name] for name in AXIS}
   params = jax.tree.map(parameter, inputs)
   rows = {
-    name: {k: x for k, x in given.items() if np.ndim(x)}
+    name: {k: x for k, x in given.items() if splits(x)}
     for name, given in inputs.items()
   }
   batch = rows, {name: FIXED[name] for name in AXIS}
@@ -915,6 +944,25 @@ def test_axis_name(name, form):
   """The mean over local values, and its gradient, are those of the whole batch."""
   (want, want_grad), (value, grad) = by_step("dense"), by_step(form)
   check(value[name], want[name], grad[name], want_grad[name])
+
+
+# Those of no use to a batch on several devices: rows that stand alone, and helpers.
+ALONE = """
+bpr byol center_target dino encode_in_chunks enqueue ibot ibot_tokens l2_normalize
+l2_penalty masked_weights moco push swav triplet
+"""
+
+
+def test_what_couples_the_batch_takes_axis_name():
+  public = {k: f for k, f in vars(losses).items() if inspect.isfunction(f)}
+  takes = {k for k, f in public.items() if "axis_name" in inspect.signature(f).parameters}
+  assert set(public) - takes == set(ALONE.split())
+  # The others are in `softmax_losses_test.py`.
+  longest = lambda name: max((k for k in public if name.startswith(k)), key=len)
+  tested = {longest(name) for name in AXIS}
+  elsewhere = {"clip", "info_nce", "nt_xent", "siglip"}
+  indirect = {"swav_codes", "vicreg_terms"}
+  assert takes - tested == elsewhere | indirect
 
 
 # Properties.

@@ -40,6 +40,7 @@ def sgl(
   temperature: float = 0.2,
   *,
   reduction: str = "sum",
+  axis_name=None,
 ) -> jax.Array:
   """SGL's contrast against all nodes (arXiv:2010.10783, equation 10). Normalises.
 
@@ -53,20 +54,24 @@ def sgl(
     view1, view2: `[N, d]`, all nodes of one side in two views of the graph.
     index: `[B]` int, the nodes of the batch; repetitions count repeatedly.
     reduction: "sum", "mean" or "none" (`[B]`).
+    axis_name: local shards of the nodes and of the batch inside a `shard_map` or
+      `pmap`; `index` counts the nodes of all shards. The mean over the axis is the
+      loss, the gradient that of the sum over the axis.
   """
-  query, key = l2_normalize(jnp.take(view1, index, axis=0)), l2_normalize(view2)
-  positive = jnp.sum(
-    rows.accurate(query) * rows.accurate(jnp.take(key, index, axis=0)), axis=1
-  )
+  # Of all nodes, wherever they are, those of the batch.
+  batch = lambda view: jnp.take(rows.gather(view, axis_name), index, axis=0)
+  query, key = l2_normalize(batch(view1)), l2_normalize(view2)
+  positive = jnp.sum(rows.accurate(query) * rows.accurate(batch(key)), axis=1)
   against = softmax.log_sum_exp(
     query,
     key,
     1 / temperature,
     reference=positive,
     row_ids=index.astype(jnp.int32),
-    col_ids=jnp.arange(len(key), dtype=jnp.int32),
+    col_ids=softmax.positions(len(key), axis_name),
+    axis_name=axis_name,
   )
-  return rows.reduce(jax.nn.softplus(against), reduction)
+  return rows.reduce(jax.nn.softplus(against), reduction, axis_name=axis_name)
 
 
 def sampled_softmax(

@@ -1,9 +1,10 @@
 """Losses against a teacher's output: BYOL, SwAV, DINO, iBOT, Gram anchoring.
 
 The teacher's side never gets a gradient: it is stopped in here. Views and crops lie on
-axis 1, as everywhere in clj. What couples the batch are the targets: Sinkhorn-Knopp
-and the centre, which have a form for `pmap` and `shard_map` (`axis_name`); the losses
-themselves are sums over rows, whose mean over devices needs no form of its own.
+axis 1, as everywhere in clj. What couples the batch are the targets, Sinkhorn-Knopp and
+the centre, and Gram anchoring across images, which have a form for `pmap` and
+`shard_map` (`axis_name`); the other losses are sums over rows, whose mean over devices
+needs no form of its own.
 """
 
 import jax
@@ -242,6 +243,7 @@ def gram(
   level: str = "image",
   negatives: str = "keep",
   normalize: bool = True,
+  axis_name=None,
 ) -> jax.Array:
   """Gram anchoring (DINOv3, arXiv:2508.10104, section 4.2). Normalises both.
 
@@ -257,6 +259,8 @@ def gram(
       of the official class); "clip_teacher": of the teacher alone, which is what the
       official remove_only_teacher_neg comes to.
     normalize: False leaves the features as they are.
+    axis_name: local shards of images inside a `shard_map` or `pmap`. The mean over the
+      axis is the loss, the gradient that of the sum over the axis.
   """
   if level not in ("image", "batch"):
     raise ValueError(f'level is "image" or "batch", not {level!r}')
@@ -269,9 +273,10 @@ def gram(
     dtype = x.dtype
     if normalize:
       x = _unit(x).astype(dtype)
-    if level == "batch":
-      x = x.reshape(1, -1, x.shape[-1])
-    return rows.dot(x, x.swapaxes(1, 2))
+    if level == "image":
+      return rows.dot(x, x.swapaxes(1, 2))
+    x = x.reshape(-1, x.shape[-1])
+    return rows.dot(x, rows.gather(x, axis_name).T)
 
   s, t = similarities(student), lax.stop_gradient(similarities(teacher))
   if negatives != "keep":

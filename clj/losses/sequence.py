@@ -14,6 +14,7 @@ def cpc(
   *,
   negatives: tuple[jax.Array, jax.Array] | None = None,
   reduction: str = "mean",
+  axis_name=None,
 ) -> jax.Array:
   """CPC (arXiv:1807.03748, equations 3 and 4). Takes the embeddings as given.
 
@@ -30,6 +31,9 @@ def cpc(
       of the batch at the same step are, through the tiled primitive.
     reduction: "mean" over steps and moments; "steps": the mean of each step, `[K]`,
       which CPC_audio adds up; or "none": `[K, B, S - K]`.
+    axis_name: local shards of sequences inside a `shard_map` or `pmap`, the `rows` of
+      `negatives` counted in the whole batch. The mean over the axis is the loss, the
+      gradient that of the sum over the axis.
   """
   steps, window = len(predictors), context.shape[1] - len(predictors)
   if window < 1:
@@ -41,13 +45,17 @@ def cpc(
     if negatives is None:
       flat = lambda x: x.reshape(-1, x.shape[-1])
       against = softmax.log_sum_exp(
-        flat(predicted), flat(future), 1 / temperature, aligned=True
+        flat(predicted),
+        flat(future),
+        1 / temperature,
+        aligned=True,
+        axis_name=axis_name,
       ).reshape(predicted.shape[:2])
     else:
       row, time = negatives
       predicted = rows.accurate(predicted)
       positive = jnp.sum(predicted * rows.accurate(future), axis=-1)
-      drawn = rows.accurate(encoded)[row, time]
+      drawn = rows.gather(rows.accurate(encoded), axis_name)[row, time]
       logits = jnp.einsum("btd,bntd->bnt", predicted, drawn, precision="highest")
       logits = (logits - positive[:, None]) / temperature
       against = jax.nn.logsumexp(logits, axis=1)
@@ -56,7 +64,7 @@ def cpc(
   values = jnp.stack([one_step(k) for k in range(steps)])
   if reduction == "steps":
     return values.mean(axis=(1, 2))
-  return rows.reduce(values, reduction)
+  return rows.reduce(values, reduction, axis_name=axis_name)
 
 
 def _apply(context, predictor):

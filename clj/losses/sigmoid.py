@@ -28,14 +28,13 @@ def log_sigmoid_sum(x, y, scale, bias, *, ids=None, axis_name=None, ring=False):
   axes, axis_name = softmax.placement(axis_name)
   plan = _Plan(axes, axis_name, ring)
   scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-  if axis_name is not None:
-    scale, bias = softmax.vary(scale, axis_name), softmax.vary(bias, axis_name)
   if axes:
     softmax.check_divides(x.shape[0], softmax.devices(axes), axes)
   if ids is None:
     ids = softmax.positions(x.shape[0], axis_name)
   dtype = jnp.result_type(x, y)
-  return _primitive(plan, _Arrays(x.astype(dtype), y.astype(dtype), scale, bias, ids))
+  arrays = _Arrays(x.astype(dtype), y.astype(dtype), scale, bias, ids)
+  return _primitive(plan, softmax.vary_alike(arrays, axis_name))
 
 
 class _Plan(NamedTuple):
@@ -126,10 +125,10 @@ def _local_backward(ring, axes, arrays, gathered, g):
 
   def loop(rows, columns, both=False):
     carry = (
-      softmax.zeros(rows.z.shape, axes),
-      softmax.zeros(columns.z.shape, axes) if both else None,
-      softmax.zeros((), axes),
-      softmax.zeros((), axes),
+      softmax.zeros(rows.z.shape, rows.z),
+      softmax.zeros(columns.z.shape, rows.z) if both else None,
+      softmax.zeros((), rows.z),
+      softmax.zeros((), rows.z),
     )
     if not ring or axes is None:
       return _backward(rows, columns, arrays, carry)

@@ -196,8 +196,6 @@ def _pad_columns(arrays, extra):
 
 def _log_sum_exp(plan, arrays):
   scale = jnp.asarray(arrays.scale, jnp.float32)
-  if plan.axis_name is not None:
-    scale = vary(scale, plan.axis_name)
   for array in arrays.x, arrays.y:
     if array.ndim != 2 or array.shape[1] != arrays.x.shape[1]:
       raise ValueError(
@@ -209,7 +207,8 @@ def _log_sum_exp(plan, arrays):
     check_divides(arrays.x.shape[0], devices(plan.mesh_axes), plan.mesh_axes)
   dtype = jnp.result_type(arrays.x, arrays.y)
   x, y = arrays.x.astype(dtype), arrays.y.astype(dtype)
-  return _primitive(plan, arrays._replace(x=x, y=y, scale=scale))
+  arrays = arrays._replace(x=x, y=y, scale=scale)
+  return _primitive(plan, vary_alike(arrays, plan.axis_name))
 
 
 def check_divides(rows, devices, axes, what="batch"):
@@ -223,8 +222,25 @@ def check_divides(rows, devices, axes, what="batch"):
 def vary(a, axis_name):
   """Marks a replicated array as varying over the caller's axis."""
   axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-  axes = tuple(axis for axis in axes if axis not in jax.typeof(a).mat.varying)
+  axes = tuple(axis for axis in axes if axis not in varying(a))
   return jax.lax.pcast(a, axes, to="varying") if axes else a
+
+
+def varying(a):
+  """The axes of a caller's `shard_map` over which an array is known to vary."""
+  return jax.typeof(a).mat.varying
+
+
+def vary_alike(arrays, axis_name):
+  """Marks all arrays as varying over the axes over which any of them does.
+
+  So they do inside a caller's `shard_map`, even where a loss of rows that stand alone
+  needs no `axis_name` and gets, say, the same queue on all devices.
+  """
+  axes = frozenset().union(*(varying(a) for a in jax.tree.leaves(arrays)))
+  if axis_name is not None:
+    axes |= set(axis_name if isinstance(axis_name, tuple) else (axis_name,))
+  return jax.tree.map(lambda a: vary(a, tuple(sorted(axes))), arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -283,16 +299,16 @@ def _specs(arrays, rows):
 def _local_forward(plan, axes, arrays):
   x, y = _sides(plan, arrays)
   scale, n = arrays.scale, x.z.shape[0]
-  rows = _no_logits(n, axes)
+  rows = _no_logits(x)
   if plan.ring and axes is not None:
     return _ring_forward(plan, axes, arrays, x, y, rows)
   if axes is None:
-    cols = _no_logits(n, axes) if plan.mode == "pair" else None
+    cols = _no_logits(y) if plan.mode == "pair" else None
     rows, cols = _forward(x, y, scale, rows, cols, plan.mode == "self")
     gathered = None
   else:
     y = gathered = gather(y, axes)
-    cols = _no_logits(y.z.shape[0], axes) if plan.mode == "pair" else None
+    cols = _no_logits(y) if plan.mode == "pair" else None
     rows, cols = _forward(x, y, scale, rows, cols)
     gathered = gathered._replace(stats=None)
     if plan.mode == "pair":
@@ -316,7 +332,7 @@ def _local_backward(plan, axes, arrays, out, gathered, g):
   # The scale's gradient is summed around the mean reference, against cancellation.
   center = jnp.mean(reference)
   if axes is not None:
-    center = vary(jax.lax.pmean(center, axes), axes)
+    center = vary(jax.lax.pmean(center, axes), tuple(sorted(varying(reference))))
   if plan.mode == "self":
     out, g = jnp.concatenate(out), jnp.concatenate(g)
     x = y = x._replace(stats=_Stats(reference, out, g))
@@ -329,16 +345,16 @@ def _local_backward(plan, axes, arrays, out, gathered, g):
   loop = functools.partial(_backward, scale=scale, center=center)
   if axes is None:
     triangle = plan.mode == "self"
-    start = _no_gradients(x, y, axes, both=not triangle)
+    start = _no_gradients(x, y, both=not triangle)
     dx, dy, total, dbias = loop(x, y, start, triangle=triangle)
   elif plan.ring:
     dx, dy, total, dbias = _ring_backward(plan, axes, arrays, x, y, loop)
   else:
     all_y = gathered._replace(stats=gather(y.stats, axes))
-    dx, _, total, dbias = loop(x, all_y, _no_gradients(x, all_y, axes))
+    dx, _, total, dbias = loop(x, all_y, _no_gradients(x, all_y))
     if plan.mode != "self":
       all_x = gather(x, axes)
-      dy, _, _, dbias = loop(y, all_x, _no_gradients(y, all_x, axes))
+      dy, _, _, dbias = loop(y, all_x, _no_gradients(y, all_x))
   # Where no triangle halves them, the rows of "self" have met each logit twice.
   twice = plan.mode == "self" and axes is not None
   dscale += total / 2 if twice else total
@@ -402,7 +418,7 @@ def _ring_forward(plan, axes, arrays, x, y, rows):
     for view in _views(x):
       rows, _ = ring_loop(axes, body, rows, view, None)
     return tuple(jnp.split(_finish(rows), 2)), None
-  cols = _no_logits(y.z.shape[0], axes) if plan.mode == "pair" else None
+  cols = _no_logits(y) if plan.mode == "pair" else None
   rows, cols = ring_loop(axes, body, rows, y, cols)
   return (_finish(rows),) + (() if cols is None else (_finish(cols),)), None
 
@@ -413,12 +429,12 @@ def _ring_backward(plan, axes, arrays, x, y, loop):
     return ring_loop(axes, body, carry, columns, None)[0]
 
   if plan.mode != "self":
-    dx, _, total, _ = around(x, y, _no_gradients(x, y, axes))
-    dy, _, _, dbias = around(y, x, _no_gradients(y, x, axes))
+    dx, _, total, _ = around(x, y, _no_gradients(x, y))
+    dy, _, _, dbias = around(y, x, _no_gradients(y, x))
     return dx, dy, total, dbias
   grads, total = [], 0.0
   for rows in _views(x):  # one view's gradient at a time, for the memory's sake
-    carry = _no_gradients(rows, rows, axes)
+    carry = _no_gradients(rows, rows)
     for columns in _views(x):
       carry = around(rows, columns, carry)
     grads.append(carry[0])
@@ -586,13 +602,14 @@ def _merge(stats, i, size, s, axis, weight):
   )
 
 
-def zeros(shape, axes, value=0.0):
-  a = jnp.full(shape, value, jnp.float32)
-  return a if axes is None else vary(a, axes)
+def zeros(shape, like):
+  """float32, varying over the same axes as another array."""
+  return vary(jnp.zeros(shape, jnp.float32), tuple(sorted(varying(like))))
 
 
-def _no_logits(n, axes):
-  return zeros((n,), axes, -jnp.inf), zeros((n,), axes)
+def _no_logits(side):
+  total = zeros(side.z.shape[:1], side.z)
+  return total - jnp.inf, total
 
 
 def _finish(stats):
@@ -632,14 +649,14 @@ def _forward(x, y, scale, rows, cols, triangle=False):
   return jax.lax.scan(step, (rows, cols), (table[:, 0], table[:, 1]))[0]
 
 
-def _no_gradients(x, y, axes, both=False):
+def _no_gradients(x, y, both=False):
   """Zeros for `_backward`: the gradients of x, y, of the scale and of the bias."""
   bias = [side for side in (x, y)[: 2 if both else 1] if side.bias is not None]
   return (
-    zeros(x.z.shape, axes),
-    zeros(y.z.shape, axes) if both else None,
-    zeros((), axes),
-    zeros(bias[0].bias.shape, axes) if bias else None,
+    zeros(x.z.shape, x.z),
+    zeros(y.z.shape, x.z) if both else None,
+    zeros((), x.z),
+    zeros(bias[0].bias.shape, x.z) if bias else None,
   )
 
 
