@@ -917,7 +917,7 @@ def by_step(form):
       values[name] = CASES[name].loss(**given, **fixed[name], **axis)
     return sum(values.values()), values
 
-  splits = lambda x: np.ndim(x) and len(x) % 8 == 0  # scales and CPC's predictors do not
+  splits = lambda x: np.ndim(x) and len(x) % 8 == 0  # not scales, predictors
 
   def parameter(x):
     return jnp.eye(x.shape[-1]) + 0.1 if splits(x) else jnp.asarray(x)
@@ -955,7 +955,8 @@ l2_penalty masked_weights moco push swav triplet
 
 def test_what_couples_the_batch_takes_axis_name():
   public = {k: f for k, f in vars(losses).items() if inspect.isfunction(f)}
-  takes = {k for k, f in public.items() if "axis_name" in inspect.signature(f).parameters}
+  parameters = lambda f: inspect.signature(f).parameters
+  takes = {k for k, f in public.items() if "axis_name" in parameters(f)}
   assert set(public) - takes == set(ALONE.split())
   # The others are in `softmax_losses_test.py`.
   longest = lambda name: max((k for k in public if name.startswith(k)), key=len)
