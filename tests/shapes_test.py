@@ -79,6 +79,7 @@ def network(params, images):
   return x.max((1, 2)) @ params["weights"]
 
 
+@pytest.mark.slow
 def test_a_small_network_sees_the_shape(splits):
   train, test = splits
   rng = np.random.default_rng(0)
