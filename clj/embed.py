@@ -419,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       jax.config.update("jax_num_cpu_devices", cpu_devices(arguments.batch_size))
     if run.count > 1:
       processes.connect(run, arguments.heartbeat)
-      signal.signal(signal.SIGTERM, lambda *_: processes.leave_lost())
+      signal.signal(signal.SIGTERM, _stop)  # each by itself: nothing has to be agreed
     code = _run(arguments)
   except Exception as error:
     if run.count > 1 and processes.is_loss(error):
@@ -428,6 +428,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     code = complain(error)
   return code if run.count == 1 else processes.leave(code)
+
+
+def _stop(*_):
+  """Ends this process at once: files are whole or not there."""
+  processes.tell(f"exit {processes.AGAIN}")
+  os._exit(processes.AGAIN)
 
 
 def _run(arguments) -> int:
