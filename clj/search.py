@@ -266,6 +266,9 @@ def _run(arguments) -> int:
   pictures = [_read(path) for path in arguments.image]
   model = open_model(index, arguments.workdir)
   queries = embed_queries(index, model, arguments.text, pictures)
+  if arguments.text and model.tokenizer.encode(arguments.text)[2]:
+    length = model.tokenizer.length
+    print(f"clj: a text has more than {length} ids, and is cut", file=sys.stderr)
   hits = search(index, queries, arguments.k, arguments.among)
   names = [*arguments.text, *arguments.image]
   if arguments.out:
