@@ -4,15 +4,17 @@ Prints one JSON line a measurement.
 
   embed   pictures a second from a folder of PNGs, 32 pixels a side, with the model of
           --workdir (such as runs/clip-demo), its start and compilation left out
-  search  seconds for exact neighbours among --rows random embeddings, in a process of
-          its own, with its peak memory; beside them one product with all rows in memory
+  search  seconds for exact neighbours among --rows random embeddings that the disk's
+          cache has, in a process of its own, with its peak memory; beside them one
+          product with all rows in memory
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,21 +55,27 @@ def queries_of(count, width):
 
 
 def searched(directory, count):
-  """In a process of its own: seconds, and the peak of memory beyond the start's."""
+  """Seconds, and the peak of memory in MiB, of all and beyond the start's."""
   made = index.open_index(directory)
   queries = queries_of(count, made.info["dim"])
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  before = peak_memory()
   seconds = []
   for _ in range(3):
     began = time.perf_counter()
     search.search(made, queries, 12)
     seconds.append(time.perf_counter() - began)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  print(json.dumps([min(seconds), peak / 1024, (peak - before) / 1024]))
+  return min(seconds), peak_memory(), peak_memory() - before
+
+
+def peak_memory():
+  """Of this program, in MiB; getrusage would count that of the process it came from."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def in_memory(directory, count):
-  """The plain alternative: all rows in one array, one product, a partial sort."""
+  """The same of the plain way: all rows in one array, one product, a partial sort."""
+  before = peak_memory()
   made = index.open_index(directory)
   parts = [np.load(made.file(part)) for part in made.there()]
   everything = np.concatenate(parts)
@@ -79,7 +87,10 @@ def in_memory(directory, count):
     near = np.argpartition(scores, -12, axis=1)[:, -12:]
     np.take_along_axis(scores, near, 1).sort(axis=1)
     seconds.append(time.perf_counter() - began)
-  return min(seconds)
+  return min(seconds), peak_memory(), peak_memory() - before
+
+
+WAYS = {"search": searched, "in memory": in_memory}
 
 
 def main():
@@ -87,27 +98,27 @@ def main():
   parser.add_argument("--workdir", help="of a run; without it only the search")
   parser.add_argument("--rows", type=int, default=1_000_000)
   parser.add_argument("--width", type=int, default=512)
-  parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+  parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.child:
-    searched(flags.child[0], int(flags.child[1]))
+    way, out, count = flags.child
+    print(json.dumps(WAYS[way](out, int(count))))
     return
   with tempfile.TemporaryDirectory() as directory:
     for format in index.FORMATS:
       out = os.path.join(directory, format)
       os.mkdir(out)
       make_index(out, format, flags.rows, flags.width)
-      for count in (1, 16):
-        child = [sys.executable, "-m", "benchmarks.search", "--child", out, str(count)]
+      ways = ("search", "in memory") if format == "npy" else ("search",)
+      for way, count in itertools.product(ways, (1, 16)):
+        child = [sys.executable, "-m", "benchmarks.search", "--child", way, out]
+        child.append(str(count))
         said = subprocess.run(child, check=True, capture_output=True, text=True).stdout
         seconds, peak, added = json.loads(said.splitlines()[-1])
-        name = f"{format}, {flags.rows} x {flags.width}, {count} queries"
+        name = f"{way}, {format}, {flags.rows} x {flags.width}, {count} queries"
         report(name, round(seconds, 3), "s")
         report(f"{name}: memory", round(peak), "MiB")
-        report(f"{name}: memory of the search itself", round(added), "MiB")
-        if format == "npy":
-          seconds = in_memory(out, count)
-          report(f"{count} queries, all rows in memory", round(seconds, 3), "s")
+        report(f"{name}: memory beyond the start's", round(added), "MiB")
     if flags.workdir:
       photos = pathlib.Path(directory) / "photos"
       photos.mkdir()
