@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable
 
@@ -58,6 +59,8 @@ class Checkpoints:
     self._hashing: list[threading.Thread] = []
     self._over = threading.Event()  # what is not committed by then never will be
     self._manager = None
+    self._newest = None  # step that was saved last
+    self._failed: Exception | None = None  # in a thread
 
   def steps(self) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
@@ -71,13 +74,20 @@ class Checkpoints:
 
     clock: JSON-able, whatever the loop needs beside the state to go on.
     metrics: of the last evaluation; may be empty.
+    Raises CheckpointError where this save or an earlier one cannot be written.
     """
+    with self._explained():
+      self._save(step, state, clock, metrics)
+
+  def _save(self, step: int, state, clock: dict, metrics: dict[str, float]):
     manager = self._open()
     # A checkpoint of this step that somebody removed by hand may have left its hashes,
     # also those of more processes than there are now.
     for manifest in self._manifests(step):
       if _writer(manifest) % jax.process_count() == jax.process_index():
         manifest.unlink(missing_ok=True)
+    manager.check_for_errors()
+    self._newest = step
     manager.save(
       step,
       args=ocp.args.Composite(
@@ -90,16 +100,37 @@ class Checkpoints:
     thread.start()
     self._hashing = [t for t in self._hashing if t.is_alive()] + [thread]
 
-  def wait(self):
-    """Until every save is committed and hashed."""
-    try:
+  def check(self):
+    """Raises CheckpointError where a save in the background has failed by now."""
+    with self._explained():
       if self._manager is not None:
-        self._manager.wait_until_finished()
-    finally:
-      self._over.set()
-      for thread in self._hashing:
-        thread.join()
-      self._over.clear()
+        self._manager.check_for_errors()
+      if self._failed is not None:
+        raise self._failed
+
+  def wait(self):
+    """Until every save is committed and hashed; raises CheckpointError, as `check`."""
+    with self._explained():
+      try:
+        if self._manager is not None:
+          self._manager.wait_until_finished()
+      finally:
+        self._over.set()
+        for thread in self._hashing:
+          thread.join()
+        self._over.clear()
+    self.check()
+
+  @contextlib.contextmanager
+  def _explained(self):
+    try:
+      yield
+    except (ValueError, OSError) as error:
+      kept = f"step {self.steps()[-1]} is kept" if self.steps() else "none is kept yet"
+      raise CheckpointError(
+        f"saving step {self._newest} in {self.directory} failed: {_reason(error)}; "
+        f"{kept}; mend that, then start the same command again"
+      ) from error
 
   def close(self):
     self.wait()
@@ -217,7 +248,13 @@ class Checkpoints:
     return sorted((self.workdir / "hashes").glob(f"{step}.*.json"))
 
   def _finish(self, step: int):
-    """Hashes a checkpoint as soon as Orbax has committed it."""
+    """Hashes a checkpoint as soon as Orbax has committed it; runs in a thread."""
+    try:
+      self._hash_when_committed(step)
+    except Exception as error:  # raised where the loop looks: in `check` and `wait`
+      self._failed = error
+
+  def _hash_when_committed(self, step: int):
     path, wait = self.directory / str(step), 0.02
     while not _committed(path):
       if self._over.wait(wait) and not _committed(path):
@@ -226,7 +263,8 @@ class Checkpoints:
       if max(self.steps(), default=step) > step and not path.exists():
         return
       wait = min(2 * wait, 1.0) if is_remote(path) else wait  # each look is a request
-    self._say_committed(step)
+    with contextlib.suppress(OSError):  # of a closed terminal
+      self._say_committed(step)
     self._hash(step)
 
   def _hash(self, step: int):
@@ -367,6 +405,14 @@ def _digest(file: epath.Path) -> tuple[int, str]:
 def _first_line(error: Exception) -> str:
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:120]
+
+
+def _reason(error: Exception) -> str:
+  """What the system says of it; TensorStore has that in a text of many paths."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else _first_line(error)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -163,7 +163,9 @@ class Log:
     partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
     partial.replace(path)
     self._file = open(path, "a")  # noqa: SIM115
-    self._board = _tensorboard(self._local / "tensorboard", start_step)
+    earlier = epath.Path(workdir) / "tensorboard"
+    starts = len(list(earlier.iterdir())) if earlier.exists() else 0
+    self._board = _Board(self._local / "tensorboard", starts, start_step)
     # A terminal gets a bar that redraws itself, a log file a line now and then.
     self._bar = tqdm(
       initial=start_step,
@@ -181,18 +183,20 @@ class Log:
     """One line of metrics.jsonl and the same scalars for TensorBoard."""
     if not self._first:
       return
-    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-    self._file.flush()
-    for key, value in metrics.items():
-      if math.isfinite(value):
-        self._board.add_scalar(key, value, step)
+    with self._naming():
+      self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+      self._file.flush()
+      for key, value in metrics.items():
+        if math.isfinite(value):
+          self._board.scalar(key, value, step)
 
   def sync(self):
     """Puts what was written on disk or bucket, before a checkpoint vouches for it."""
     if self._first:
-      os.fsync(self._file.fileno())
-      self._board.flush()
-      upload(self._local, self._workdir)
+      with self._naming():
+        os.fsync(self._file.fileno())
+        self._board.flush()
+        upload(self._local, self._workdir)
 
   def progress(self, step: int, loss: float, examples_per_s: float, log_now: bool):
     if not self._first:
@@ -223,21 +227,63 @@ class Log:
   def picture(self, tag: str, image: np.ndarray, step: int):
     """image: `[H, W, 3]` uint8, for TensorBoard."""
     if self._first:
-      self._board.add_image(tag, image, step, dataformats="HWC")
+      with self._naming():
+        self._board.picture(tag, image, step)
 
   def close(self):
     if self._first:
       self._bar.close()
-      self._file.close()
-      self._board.close()
-      upload(self._local, self._workdir)
+      with self._naming():
+        self._file.close()
+        self._board.close()
+        upload(self._local, self._workdir)
+
+  @contextlib.contextmanager
+  def _naming(self):
+    """Says of an error, such as a full disk, where it was: a stream does not know."""
+    try:
+      yield
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, os.fspath(self._local)) from error
 
 
-def _tensorboard(directory, start_step):
-  from tensorboardX import SummaryWriter
+class _Board:
+  """One event file for TensorBoard, written by the thread that has something to say.
 
-  purge = start_step + 1 if start_step else None
-  return SummaryWriter(os.fspath(directory), purge_step=purge)
+  (The thread of tensorboardX's SummaryWriter dies of a full disk, and the next thing to
+  be written then waits for it for ever.)
+  """
+
+  def __init__(self, directory: epath.Path, starts: int, start_step: int):
+    """starts: how often the run was started before; start_step: what was restored."""
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    self._summary, self._event = summary, Event
+    directory.mkdir(parents=True, exist_ok=True)
+    # TensorBoard reads files in the order of their names; that of the time, which comes
+    # next in them, is another where a clock was set back.
+    self._file = EventsWriter(os.fspath(directory / f"events.{starts:05d}"))
+    if start_step:  # hides what a killed process wrote of later steps
+      session = SessionLog(status=SessionLog.START)
+      self._write(step=start_step + 1, session_log=session)
+
+  def _write(self, **content):
+    self._file.write_event(self._event(wall_time=time.time(), **content))
+
+  def scalar(self, tag: str, value: float, step: int):
+    self._write(step=step, summary=self._summary.scalar(tag, value))
+
+  def picture(self, tag: str, image: np.ndarray, step: int):
+    content = self._summary.image(tag, image, dataformats="HWC")
+    self._write(step=step, summary=content)
+
+  def flush(self):
+    self._file.flush()
+
+  def close(self):
+    self._file.close()
 
 
 def _clock(seconds: float) -> str:

@@ -8,6 +8,8 @@ On Cloud TPU, on GKE and under Slurm the processes of a run find each other. Els
 start one on each host with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import errno
+import logging
 import os
 import re
 import sys
@@ -122,6 +124,10 @@ def complain(error: Exception, debug: bool = False) -> int:
     return 1
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   line = lines[0] if lines else type(error).__name__
+  if isinstance(error, OSError) and error.strerror:
+    line = ": ".join(filter(None, (str(error.filename or ""), error.strerror)))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      line += "; make room there, then start the same command again"
   # A misspelt key, as ml_collections says it.
   if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
     line = f"no key {found[2]!r} in this section; did you mean {found[1]!r}?"
@@ -137,11 +143,19 @@ def complain(error: Exception, debug: bool = False) -> int:
 
 def quiet_libraries():
   """Keeps the terminal for what the run says: other libraries report errors only."""
-  from absl import logging
+  from absl import logging as absl_logging
 
-  logging.set_verbosity(logging.ERROR)
-  logging.set_stderrthreshold("error")
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  absl_logging.set_stderrthreshold("error")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  # Where one write of a save fails, Orbax raises that, and what becomes of the others
+  # is printed with tracebacks, by asyncio and as "unraisable".
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda error: (
+    None
+    if str(error.exc_value) == "Event loop is closed"
+    else sys.__unraisablehook__(error)
+  )
 
 
 if __name__ == "__main__":

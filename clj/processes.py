@@ -123,7 +123,10 @@ def supervise(command: list[str], patience: float) -> int:
   # SIGTERM waits until the child can be told; the child unblocks it in `listen`.
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
   child = subprocess.Popen(
-    command, pass_fds=[writing], env=os.environ | {PIPE: str(writing)}
+    command,
+    pass_fds=[writing],
+    env=os.environ | {PIPE: str(writing)},
+    preexec_fn=_die_with_this_process(),
   )
   os.close(writing)
   signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
@@ -155,6 +158,20 @@ def supervise(command: list[str], patience: float) -> int:
     line = LOST
   print(f"clj: {line}", file=sys.stderr, flush=True)
   return AGAIN
+
+
+def _die_with_this_process():
+  """What a child does first, so that a parent that is killed takes it along."""
+  if sys.platform != "linux":
+    return None
+  libc, parent = ctypes.CDLL(None), os.getpid()
+
+  def bind():
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; outlives exec
+    if os.getppid() != parent:
+      os._exit(AGAIN)
+
+  return bind
 
 
 class Watch:
@@ -228,10 +245,6 @@ def connect(run: Run, heartbeat: int):
   import jax
 
   threading.Thread(target=_show_life, args=(heartbeat / 4,), daemon=True).start()
-  if sys.platform == "linux":  # a parent that is killed takes its child along
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:
-      os._exit(AGAIN)
   jax.distributed.initialize(
     run.coordinator,
     run.count if run.coordinator else None,

@@ -286,6 +286,7 @@ def train(
       with meter.part("device"):
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       processes.tell("step")
+      checkpoints.check()
       if not metrics.pop("finite"):
         raise FloatingPointError(_not_finite(step, metrics["loss"], checkpoints))
       now = step % log_every == 0 or step == total_steps

@@ -253,12 +253,17 @@ LONG = ("--heartbeat=15", "--config.checkpoint_every=5")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["start", "step", "save"])
+@pytest.mark.parametrize(
+  "moment", ["start", "compilation", "step", "evaluation", "save"]
+)
 def test_sigterm_on_one_host_saves_the_same_step_on_all(moment, tmp_path):
-  pair = Pair(tmp_path, *LONG, config="tests/pods_config.py")
+  pair = Pair(tmp_path, *LONG, config="tests/pods_config.py:evaluated")
+  says = lambda words: lambda: words in pair.children[0].stdout.readline()
   moments = {
     "start": lambda: trainer(pair.children[1]),
-    "step": reached(tmp_path, 3),
+    "compilation": says("mesh: data"),  # before the evaluation and the step compile
+    "step": reached(tmp_path, 4),
+    "evaluation": says("step 6: evaluating"),
     "save": lambda: list((tmp_path / "checkpoints").glob("*tmp*")),
   }
   wait_for(moments[moment], pair)
