@@ -101,19 +101,24 @@ class Meter:
     marked, at = self._mark
     return (step - marked) * self._batch_size / max(self._here() - at, 1e-9)
 
+  def read_part(self, name: str) -> dict[str, float]:
+    """Seconds of a part since they were last read."""
+    spent, self._parts[name] = self._parts[name], 0.0
+    return {f"perf/{name}_seconds": spent}
+
   def read(self, step: int) -> dict[str, float]:
-    """Since the last call; host_wait and device by step, the others in all."""
-    marked, at = self._mark
+    """Since the last call; host_wait and device by step, the save in all."""
+    (marked, at), now = self._mark, self._here()
     steps = max(step - marked, 1)
     found = {
       "perf/examples_per_s": self.rate(step),
-      "perf/train_seconds": self.seconds(),
-      "perf/step_seconds": (self._here() - at) / steps,
+      "perf/train_seconds": self._before + now,
+      "perf/step_seconds": (now - at) / steps,
     }
-    for name, spent in self._parts.items():
-      found[f"perf/{name}_seconds"] = spent if name in self._OTHERS else spent / steps
-      self._parts[name] = 0.0
-    self._mark = (step, self._here())
+    for name in ("host_wait", "device"):
+      found |= {key: spent / steps for key, spent in self.read_part(name).items()}
+    found |= self.read_part("checkpoint")
+    self._mark = (step, now)
     return found
 
 

@@ -308,7 +308,7 @@ def train(
           state.params, state.extra, step, step == total_steps, writer, stopping
         )
       if found is not None:  # else stopped in the middle; done again after the restart
-        writer.write(step, found)
+        writer.write(step, found | meter.read_part("evaluation"))
         writer.say(f"step {step}: evaluated")
         scores = step, found
 

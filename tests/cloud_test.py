@@ -6,8 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from clj import checkpoint, log, workdir
+from clj.data import ingest, sources
 from clj.evaluate import load
 from clj.train import train
 from configs import simclr
@@ -74,6 +76,29 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path, capfd):
   jax.tree.map(
     np.testing.assert_array_equal, state_of(directory, 4), state_of(tmp_path, 4)
   )
+
+
+@needs_gcsfs
+def test_tfds_data_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
+  rng = np.random.default_rng(0)
+  for kind in ("one", "two"):
+    (tmp_path / "in" / kind).mkdir(parents=True)
+    for i in range(20):  # of two sizes, so that they are read one by one
+      image = Image.fromarray(rng.integers(0, 256, (40, 40 + i % 2, 3), np.uint8))
+      image.save(tmp_path / "in" / kind / f"{i}.png")
+  local = tmp_path / "tfds" / "pictures"
+  ingest.ingest(str(tmp_path / "in"), str(local), shard_records=16)
+  for file in local.rglob("*"):
+    if file.is_file():
+      bucket.write(str(file.relative_to(tmp_path)), file.read_bytes())
+  source = lambda where: sources.open_source("pictures", "train[10%:]", where)
+  ours, theirs = source("gs://bucket/tfds"), source(str(tmp_path / "tfds"))
+  assert len(ours) == 36 and ours.class_names == ("one", "two")
+  assert ours.read(range(36)) == theirs.read(range(36))
+  shard = next(name for name in bucket.objects if "array_record-00001" in name)
+  del bucket.objects[shard]
+  with pytest.raises(sources.DataError, match=f"lacks the file gs://bucket/{shard}"):
+    source("gs://bucket/tfds")
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

@@ -1,7 +1,8 @@
 """A bucket on this machine: as much of Google Cloud Storage's JSON API as is used here.
 
 Objects are held in memory, written whole and never appended to, as in the real one.
-gcsfs finds it by STORAGE_EMULATOR_HOST, TensorStore by TENSORSTORE_GCS_HTTP_URL.
+gcsfs finds it by STORAGE_EMULATOR_HOST, TensorStore by TENSORSTORE_GCS_HTTP_URL,
+array_record by CLOUD_STORAGE_EMULATOR_ENDPOINT.
 """
 
 import base64
@@ -62,6 +63,7 @@ def serve():
   environment = {
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
+    "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
     # Asks the real service over gRPC how the bucket is laid out.
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",

@@ -253,6 +253,74 @@ def test_profile_writes_a_trace(tmp_path, tmp_path_factory):
   assert any("train_step" in name for name in names)
 
 
+@pytest.mark.slow
+def test_losses_go_on_with_other_devices_and_shardings(tmp_path, tmp_path_factory):
+  split = {"data": 2, "fsdp": 4, "rules": (("projector/dense1", ("fsdp",)),)}
+  config = smoke(total_steps=6, checkpoint_every=3)
+  lay = {"replicated": config, "split": config | {"mesh": split}}
+  for name, changed in lay.items():
+    assert train(tmp_path / name, **changed) == 0
+  losses = lambda directory: {
+    m["step"]: m["train/loss"] for m in log.read_metrics(directory)
+  }
+  expected = losses(tmp_path / "replicated")
+
+  def go_on(source, name, run):
+    directory = tmp_path / f"{source}-{name}"
+    shutil.copytree(tmp_path / source, directory)
+    shutil.rmtree(directory / "checkpoints" / "6")
+    (directory / "hashes" / "6.0.json").unlink()
+    run(directory)
+    found = losses(directory)
+    assert sorted(found) == list(range(1, 7))
+    for step in (4, 5, 6):
+      assert abs(found[step] - expected[step]) < 1e-5 * expected[step], (name, step)
+
+  def on(devices):
+    def run(directory):
+      options = ("--config.total_steps=6", "--config.checkpoint_every=3")
+      done = subprocess.run(
+        command(directory, *options, "--config.evals={}"),
+        env=environment(tmp_path_factory) | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        capture_output=True,
+        text=True,
+      )
+      assert done.returncode == 0, done.stderr
+      assert "going on from step 3" in done.stdout
+
+    return run
+
+  for source in lay:
+    for devices in (4, 2, 1):
+      go_on(source, str(devices), on(devices))
+  for source, target in (("replicated", "split"), ("split", "replicated")):
+    go_on(source, target, lambda path, to=target: train(path, **lay[to]))
+
+
+def test_where_the_time_goes_adds_up(tmp_path):
+  """Parts of what the metrics of a run say, against the clock beside it."""
+  began = time.monotonic()
+  evals = {"diagnostics": {}}
+  config = smoke(total_steps=30, eval_every=10, checkpoint_every=10, evals=evals)
+  assert train(tmp_path, **config) == 0
+  wall = time.monotonic() - began
+  lines = log.read_metrics(tmp_path)
+  of = lambda key: [m[f"perf/{key}_seconds"] for m in lines if "train/loss" in m]
+  # One step a line: what a step takes has host_wait and device in it.
+  for whole, host_wait, device in zip(of("step"), of("host_wait"), of("device")):
+    assert host_wait >= 0 and device >= 0 and host_wait + device < whole + 1e-3
+  evaluations = [m for m in lines if "perf/evaluation_seconds" in m]
+  assert [m["step"] for m in evaluations] == [0, 10, 20, 30]
+  saves = {m["step"] for m in lines if m.get("perf/checkpoint_seconds", 0) > 0}
+  assert saves == {11, 21}  # on the next line; that of the end is on none
+  np.testing.assert_allclose(
+    sum(of("step")), lines[-2]["perf/train_seconds"], rtol=1e-6
+  )
+  told = sum(of("step")) + sum(of("checkpoint"))
+  told += sum(m["perf/evaluation_seconds"] for m in evaluations)
+  assert 0.2 * wall < told < wall  # the rest: data, the first state, the last save
+
+
 def test_init_from_a_workdir(tmp_path, capsys):
   train(tmp_path / "first", **smoke())
   started = smoke(init_from=str(tmp_path / "first"), total_steps=1, seed=3)
