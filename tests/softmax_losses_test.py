@@ -318,10 +318,29 @@ def test_primitive_options_against_dense_autodiff(options, form):
     assert _error(grads[key], want_grads[key]) < limit, key
 
 
-def test_all_columns_masked():
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip"])
+@pytest.mark.parametrize("form", ["one", "gather", "ring"])
+def test_bounded_and_unbounded_logits_agree(name, form, monkeypatch):
+  """One exponential of a logit as it is, or running maxima: the same result."""
+  x, y = _pairs("clustered", 64, d=16)
+  args = x, y, jnp.float32(30), jnp.float32(0)
+  results = []
+  for bound in softmax.BOUND, 0.0:
+    monkeypatch.setattr(softmax, "BOUND", bound)
+    loss = functools.partial(LOSSES[name][0], ring=form == "ring")
+    with jax.set_mesh(_mesh(1 if form == "one" else 8)):
+      results.append(jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*args))
+  (value, grads), (want, want_grads) = results
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  for a, b in zip(grads, want_grads, strict=True):
+    assert _error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_all_columns_masked(scale):
   x = jnp.ones((3, 4))
   zeros = jnp.zeros((3,), jnp.int32)
-  rows = lambda x: softmax.log_sum_exp(x, x, 1.0, row_ids=zeros, col_ids=zeros)
+  rows = lambda x: softmax.log_sum_exp(x, x, scale, row_ids=zeros, col_ids=zeros)
   assert np.all(rows(x) == -np.inf)
   grad = jax.grad(lambda x: jnp.sum(jax.nn.softplus(rows(x))))(x)
   np.testing.assert_array_equal(grad, 0)
@@ -460,22 +479,24 @@ def test_precision_of_the_products(name):
   assert all(re.search(r"\(tensor<\S+xbf16>, .*-> tensor<\S+xf32>", d) for d in dots)
 
 
-def _equations(jaxpr, times=1):
+def _equations(jaxpr, branch, times=1):
   for eqn in jaxpr.eqns:
     yield eqn, times
     trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    for sub in jax.core.jaxprs_in_params(eqn.params):
-      yield from _equations(getattr(sub, "jaxpr", sub), times * trips)
+    subs = list(jax.core.jaxprs_in_params(eqn.params))
+    for sub in subs[branch : branch + 1] if eqn.primitive.name == "cond" else subs:
+      yield from _equations(getattr(sub, "jaxpr", sub), branch, times * trips)
 
 
-def _work(name, n, d, grad):
+def _work(name, n, d, grad, branch):
   """Multiply-adds of all products, and the largest array of the program."""
   loss = LOSSES[name][0]
   loss = jax.value_and_grad(loss, (0, 1, 2, 3)) if grad else loss
   z = jax.ShapeDtypeStruct((n, d), jnp.float32)
   one = jax.ShapeDtypeStruct((), jnp.float32)
   work, largest = 0, 0
-  for eqn, times in _equations(jax.make_jaxpr(loss)(z, z, one, one).jaxpr):
+  program = jax.make_jaxpr(loss)(z, z, one, one)
+  for eqn, times in _equations(program.jaxpr, branch):
     largest = max([largest, *(v.aval.size for v in eqn.outvars)])
     if eqn.primitive.name == "dot_general":
       (contract, _), _ = eqn.params["dimension_numbers"]
@@ -485,12 +506,13 @@ def _work(name, n, d, grad):
   return work, largest
 
 
+@pytest.mark.parametrize("branch", [0, 1])  # logits of any size, and bounded ones
 @pytest.mark.parametrize("name", LOSSES)
-def test_each_logit_is_computed_once_a_pass(name):
+def test_each_logit_is_computed_once_a_pass(name, branch):
   n, d = 4096, 16
   logits = n * n * d
-  forward, _ = _work(name, n, d, False)
-  both, largest = _work(name, n, d, True)
+  forward, _ = _work(name, n, d, False, branch)
+  both, largest = _work(name, n, d, True, branch)
   if name == "nt_xent":  # (2n)^2 symmetric logits, half of them and half the diagonal
     assert 2 * logits < forward < 2.3 * logits
     assert both <= 4 * forward

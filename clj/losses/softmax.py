@@ -11,8 +11,14 @@ tile, and the backward pass is written out (`custom_vjp`).
 The positive is kept apart. With the positive's similarity as the reference, the result
 is m_i = logsumexp_{j != pos} s_ij - s_i,pos, the cross entropy of the row is
 `softplus(m_i)`, and its derivative `sigmoid(m_i)` is never a difference of nearly equal
-numbers, however well the pairs are aligned. More columns (a queue, hard negatives) are
-`logaddexp` of two results with the same reference.
+numbers, however well the pairs are aligned. The reference is summed exactly: in tight
+clusters the gradient of the scale is a small difference of similarities. More columns
+(a queue, hard negatives) are `logaddexp` of two results with the same reference.
+
+Where the norms bound the logits (a scale of 60 at most between unit vectors), their
+exponentials need no maxima, and one of them serves its row and its column; anything
+larger runs with maxima relative to each positive. Both are in the program, and the
+batch decides.
 
 Arrays are global. Under `jax.set_mesh` rows are split over the batch axes of the mesh;
 each device gathers every side once, and O(B) scalars, and no gradient ever travels but
@@ -143,9 +149,20 @@ class _Side(NamedTuple):
 
 
 class _Stats(NamedTuple):
+  """The softmax of a row. Bounded logits are exponentiated without their reference."""
+
   reference: Any
-  lse: Any = None
-  g: Any = None  # cotangent of lse
+  low: Any  # what rounding took from the reference; None where that was given
+  top: Any = None
+  weight: Any = None  # cotangent over the sum of exp(s_ij - top_i)
+
+
+class _Kept(NamedTuple):
+  """What the forward pass keeps for the backward pass beside its arguments."""
+
+  bounded: Any
+  sums: Any  # (top, total) of the softmaxes
+  gathered: Any  # the columns, where devices share them
 
 
 def _plan(mode, aligned, normalize, axis_name, ring):
@@ -250,23 +267,23 @@ def _primitive(plan, arrays):
 
 def _primitive_fwd(plan, arrays):
   if not plan.mesh_axes:
-    out, gathered = _local_forward(plan, plan.axis_name, arrays)
+    out, kept = _local_forward(plan, plan.axis_name, arrays)
   else:
     rows = PartitionSpec(plan.mesh_axes)
-    out, gathered = jax.shard_map(
+    out, kept = jax.shard_map(
       functools.partial(_local_forward, plan, plan.mesh_axes),
       in_specs=(_specs(arrays, rows),),
-      out_specs=(rows, PartitionSpec()),
+      out_specs=(rows, _kept_specs(rows)),
       axis_names=set(plan.mesh_axes),
       check_vma=False,
     )(arrays)
-  return out, (arrays, out, gathered)
+  return out, (arrays, out, kept)
 
 
 def _primitive_bwd(plan, residuals, g):
-  arrays, out, gathered = residuals
+  arrays, out, kept = residuals
   if not plan.mesh_axes:
-    grads = _local_backward(plan, plan.axis_name, arrays, out, gathered, g)
+    grads = _local_backward(plan, plan.axis_name, arrays, kept, g)
   else:
     rows = PartitionSpec(plan.mesh_axes)
 
@@ -277,11 +294,11 @@ def _primitive_bwd(plan, residuals, g):
     specs = _specs(arrays, rows)
     grads = jax.shard_map(
       backward,
-      in_specs=(specs, rows, PartitionSpec(), rows),
+      in_specs=(specs, _kept_specs(rows), rows),
       out_specs=specs._replace(row_ids=None, col_ids=None),
       axis_names=set(plan.mesh_axes),
       check_vma=False,
-    )(arrays, out, gathered, g)
+    )(arrays, kept, g)
   return (grads,)
 
 
@@ -293,56 +310,98 @@ def _specs(arrays, rows):
   return specs._replace(scale=PartitionSpec())
 
 
+def _kept_specs(rows):
+  return _Kept(bounded=PartitionSpec(), sums=rows, gathered=PartitionSpec())
+
+
 # One device's part. `axes` are the axes over which the rows are split, None on one.
 
 
 def _local_forward(plan, axes, arrays):
   x, y = _sides(plan, arrays)
-  scale, n = arrays.scale, x.z.shape[0]
-  rows = _no_logits(x)
-  if plan.ring and axes is not None:
-    return _ring_forward(plan, axes, arrays, x, y, rows)
+  scale, gathered = arrays.scale, None
+  bounded = _bounded(x, y, scale, axes)
+  rows = _no_logits(x, bounded)
+  cols = _no_logits(y, bounded) if plan.mode == "pair" else None
   if axes is None:
-    cols = _no_logits(y) if plan.mode == "pair" else None
-    rows, cols = _forward(x, y, scale, rows, cols, plan.mode == "self")
-    gathered = None
+    triangle = plan.mode == "self"
+    rows, cols = _forward(x, y, scale, bounded, rows, cols, triangle)
+  elif plan.ring:
+    rows, cols = _ring_forward(plan, axes, arrays, x, y, bounded, rows, cols)
   else:
-    y = gathered = gather(y, axes)
-    cols = _no_logits(y) if plan.mode == "pair" else None
-    rows, cols = _forward(x, y, scale, rows, cols)
+    own, gathered = cols, gather(y, axes)
+    cols = _no_logits(gathered, bounded) if plan.mode == "pair" else None
+    rows, cols = _forward(x, gathered, scale, bounded, rows, cols)
     gathered = gathered._replace(stats=None)
     if plan.mode == "pair":
       # Each device has seen its own rows: the columns' sums go where the columns are.
       top = jax.lax.pmax(cols[0], axes)
       total = cols[1] * jnp.exp(cols[0] - _finite(top))
       total = jax.lax.psum_scatter(total, axes, tiled=True)
+      n = own[0].shape[0]
       start = jax.lax.axis_index(axes) * n
       cols = jax.lax.dynamic_slice_in_dim(top, start, n), total
-  if plan.mode == "rows":
-    return (_finish(rows),), gathered
+  stats = x.stats
+  out = (_relative(rows, stats, scale, bounded),)
   if plan.mode == "pair":
-    return (_finish(rows), _finish(cols)), gathered
-  return tuple(jnp.split(_finish(rows), 2)), gathered
+    out += (_relative(cols, stats, scale, bounded),)
+  if plan.mode == "self":
+    out = tuple(jnp.split(out[0], 2))
+  return out, _Kept(bounded, (rows, cols), gathered)
 
 
-def _local_backward(plan, axes, arrays, out, gathered, g):
+BOUND = 60.0  # of the magnitude of logits that are exponentiated as they are
+
+
+def _bounded(x, y, scale, axes):
+  """Whether no logit of any device can be larger than BOUND, by the norms.
+
+  Then no sum of exponentials overflows (exp(88) is the end of float32) or vanishes, and
+  a logit's rounding is no more than what its similarity's becomes times the scale.
+  """
+
+  def longest(side):
+    norms = jnp.sqrt(jnp.sum(jnp.square(_f32(side.z)), axis=1))
+    return jnp.max(norms if side.norm is None else norms * jnp.abs(side.norm))
+
+  bound = jnp.abs(scale) * longest(x) * longest(y)
+  if y.bias is not None:
+    bound += jnp.max(jnp.where(jnp.isfinite(y.bias), jnp.abs(y.bias), 0.0))
+  return (bound if axes is None else jax.lax.pmax(bound, axes)) <= BOUND
+
+
+def _relative(sums, stats, scale, bounded):
+  """The log-sum-exp relative to the positive's logit."""
+  top, total = sums
+  lse = _finite(top) + jnp.log(total)
+  lse -= jnp.where(bounded, scale * stats.reference, 0.0)
+  return lse if stats.low is None else lse - scale * stats.low
+
+
+def _local_backward(plan, axes, arrays, kept, g):
   x, y = _sides(plan, arrays)
-  reference = x.stats.reference
-  scale = arrays.scale
+  scale, gathered, (rows, cols) = arrays.scale, kept.gathered, kept.sums
+  g = (jnp.concatenate(g),) if plan.mode == "self" else g
+
+  def weighted(stats, sums, g):
+    top, total = sums
+    weight = jnp.where(total > 0, g / total, 0.0)
+    return stats._replace(top=_finite(top), weight=weight)
+
   # The scale's gradient is summed around the mean reference, against cancellation.
+  reference, low = x.stats.reference, x.stats.low
   center = jnp.mean(reference)
   if axes is not None:
     center = vary(jax.lax.pmean(center, axes), tuple(sorted(varying(reference))))
+  x = x._replace(stats=weighted(x.stats, rows, g[0]))
   if plan.mode == "self":
-    out, g = jnp.concatenate(out), jnp.concatenate(g)
-    x = y = x._replace(stats=_Stats(reference, out, g))
-  else:
-    x = x._replace(stats=_Stats(reference, out[0], g[0]))
-    stats = _Stats(reference, out[1], g[1]) if plan.mode == "pair" else None
-    y = y._replace(stats=stats)
-  weights = x.stats.g if plan.mode != "pair" else x.stats.g + y.stats.g
-  dscale = -jnp.sum(weights * (reference - center))
-  loop = functools.partial(_backward, scale=scale, center=center)
+    y = x
+  if plan.mode == "pair":
+    y = y._replace(stats=weighted(y.stats, cols, g[1]))
+  weights = sum(g)
+  distance = reference - center
+  dscale = -jnp.sum(weights * (distance if low is None else distance + low))
+  loop = functools.partial(_backward, scale=scale, bounded=kept.bounded, center=center)
   if axes is None:
     triangle = plan.mode == "self"
     start = _no_gradients(x, y, both=not triangle)
@@ -375,7 +434,7 @@ def _local_backward(plan, axes, arrays, out, gathered, g):
     dx, dy = normalize_vjp(arrays.x, dx), normalize_vjp(arrays.y, dy)
   dreference = None
   if arrays.reference is not None:
-    dreference = (-scale * x.stats.g).astype(arrays.reference.dtype)
+    dreference = (-scale * g[0]).astype(arrays.reference.dtype)
   return _Arrays(
     x=dx.astype(arrays.x.dtype),
     y=dy.astype(arrays.y.dtype),
@@ -410,17 +469,13 @@ def ring_loop(axes, body, carry, traveller, luggage):
   return carry, luggage
 
 
-def _ring_forward(plan, axes, arrays, x, y, rows):
+def _ring_forward(plan, axes, arrays, x, y, bounded, rows, cols):
   def body(rows, y, cols):
-    return _forward(x, y, arrays.scale, rows, cols)
+    return _forward(x, y, arrays.scale, bounded, rows, cols)
 
-  if plan.mode == "self":
-    for view in _views(x):
-      rows, _ = ring_loop(axes, body, rows, view, None)
-    return tuple(jnp.split(_finish(rows), 2)), None
-  cols = _no_logits(y) if plan.mode == "pair" else None
-  rows, cols = ring_loop(axes, body, rows, y, cols)
-  return (_finish(rows),) + (() if cols is None else (_finish(cols),)), None
+  for columns in _views(x) if plan.mode == "self" else [y]:
+    rows, cols = ring_loop(axes, body, rows, columns, cols)
+  return rows, cols
 
 
 def _ring_backward(plan, axes, arrays, x, y, loop):
@@ -451,36 +506,45 @@ def _views(side):
 
 def _sides(plan, arrays):
   """The rows and columns on this device, with the references of their softmaxes."""
-  norm_x = norm_y = reference_y = None
+  norm_x = norm_y = stats_y = None
   if plan.normalize:
     norm_x, norm_y = inverse_norm(arrays.x), inverse_norm(arrays.y)
   if plan.aligned:
-    reference = jnp.sum(_unit(plan, arrays.x) * _unit(plan, arrays.y), axis=1)
-    if arrays.y_scale is not None:
-      reference *= _f32(arrays.y_scale)
+    products = _unit(plan, arrays.x) * _unit(plan, arrays.y, arrays.y_scale)
+    stats = _Stats(*_exact_sum(products))
   elif arrays.reference is not None:
-    reference = _f32(arrays.reference)
+    stats = _Stats(_f32(arrays.reference), None)
   else:
-    reference = jnp.zeros_like(arrays.x[:, 0], jnp.float32)
+    stats = _Stats(jnp.zeros_like(arrays.x[:, 0], jnp.float32), None)
   if plan.mode == "self":
     join = lambda a, b: jnp.concatenate([a, b])
     norm = None if norm_x is None else join(norm_x, norm_y)
-    ids, stats = (
-      join(arrays.row_ids, arrays.col_ids),
-      _Stats(join(reference, reference)),
-    )
+    ids, stats = join(arrays.row_ids, arrays.col_ids), jax.tree.map(join, stats, stats)
     side = _Side(join(arrays.x, arrays.y), norm, None, ids, stats)
     return side, side
   if arrays.y_scale is not None:
     y_scale = _f32(arrays.y_scale)
     norm_y = y_scale if norm_y is None else norm_y * y_scale
   if plan.mode == "pair":
-    reference_y = _Stats(reference)
+    stats_y = stats
   bias = None if arrays.bias is None else _f32(arrays.bias)
   return (
-    _Side(arrays.x, norm_x, None, arrays.row_ids, _Stats(reference)),
-    _Side(arrays.y, norm_y, bias, arrays.col_ids, reference_y),
+    _Side(arrays.x, norm_x, None, arrays.row_ids, stats),
+    _Side(arrays.y, norm_y, bias, arrays.col_ids, stats_y),
   )
+
+
+def _exact_sum(terms):
+  """The sums over axis 1 as float32 and what that rounds away.
+
+  Rounded to a grid so coarse that their sum is exact, the terms leave remainders so
+  small that the rounding of their sum does not count.
+  """
+  far = 2 * jnp.sum(jnp.abs(terms), axis=1, keepdims=True)
+  coarse = (terms + far) - far
+  large, small = jnp.sum(coarse, axis=1), jnp.sum(terms - coarse, axis=1)
+  total = large + small
+  return total, small - (total - large)
 
 
 def _f32(a):
@@ -575,7 +639,7 @@ def _similarities(x, y, fresh_x, fresh_y):
 
 
 def _logits(c, keep, scale, reference, x, y):
-  s = scale * (c - reference)
+  s = scale * (c if reference is None else c - reference)
   if x.bias is not None:
     s += x.bias[:, None]
   if y.bias is not None:
@@ -607,22 +671,24 @@ def zeros(shape, like):
   return vary(jnp.zeros(shape, jnp.float32), tuple(sorted(varying(like))))
 
 
-def _no_logits(side):
+def _no_logits(side, bounded):
   total = zeros(side.z.shape[:1], side.z)
-  return total - jnp.inf, total
+  return total + jnp.where(bounded, 0.0, -jnp.inf), total
 
 
-def _finish(stats):
-  top, total = stats
-  return _finite(top) + jnp.log(total)
-
-
-def _forward(x, y, scale, rows, cols, triangle=False):
+def _forward(x, y, scale, bounded, rows, cols, triangle=False):
   """Adds all tiles to the running maxima and sums of the rows and of the columns.
 
   cols is None where the columns have no softmax. triangle: x and y are one side, and
   each pair of tiles is computed once.
   """
+  loop = functools.partial(_forward_tiles, x, y, scale, triangle)
+  return jax.lax.cond(
+    bounded, functools.partial(loop, True), functools.partial(loop, False), rows, cols
+  )
+
+
+def _forward_tiles(x, y, scale, triangle, bounded, rows, cols):
   n, m = x.z.shape[0], y.z.shape[0]
   tile_n, tile_m = tile_sizes(n, m, triangle)
 
@@ -635,6 +701,15 @@ def _forward(x, y, scale, rows, cols, triangle=False):
     # A tile on the diagonal of a symmetric matrix is its own mirror image: it counts
     # half as rows and half as columns.
     weight = jnp.where(i == j, 0.5, 1.0) if triangle else 1.0
+    if bounded:
+      e = jnp.exp(_logits(c, keep, scale, None, tile_x, tile_y))
+      sums = lambda axis: weight * jnp.sum(e, axis=axis)
+      rows = rows[0], add(rows[1], i, tile_n, sums(1))
+      if triangle:
+        rows = rows[0], add(rows[1], j, tile_m, sums(0))
+      elif cols is not None:
+        cols = cols[0], add(cols[1], j, tile_m, sums(0))
+      return (rows, cols), None
     s = _logits(c, keep, scale, tile_x.stats.reference[:, None], tile_x, tile_y)
     rows = _merge(rows, i, tile_n, s, 1, weight)
     if triangle or cols is not None:
@@ -660,20 +735,27 @@ def _no_gradients(x, y, both=False):
   )
 
 
-def _backward(x, y, carry, *, scale, center, triangle=False):
+def _backward(x, y, carry, *, scale, bounded, center, triangle=False):
   """Adds sums over j of w_ij y_j, over i of w_ij x_i, and of w_ij (c_ij - center).
 
   w_ij is the derivative in s_ij of the sum of g * lse over the softmaxes of the rows
   (where x has stats) and of the columns (where y has). The sums over i are left out
   where the carry has no place for them.
   """
+  loop = functools.partial(_backward_tiles, x, y, scale, center, triangle)
+  return jax.lax.cond(
+    bounded, functools.partial(loop, True), functools.partial(loop, False), carry
+  )
+
+
+def _backward_tiles(x, y, scale, center, triangle, bounded, carry):
   n, m = x.z.shape[0], y.z.shape[0]
   tile_n, tile_m = tile_sizes(n, m, triangle)
 
   def probabilities(c, keep, axis, stats, x, y):
     line = lambda a: jnp.expand_dims(a, axis)
     s = _logits(c, keep, scale, line(stats.reference), x, y)
-    return line(stats.g) * jnp.exp(s - line(_finite(stats.lse)))
+    return line(stats.weight) * jnp.exp(s - line(stats.top))
 
   def step(carry, ij):
     dx, dy, dscale, dbias = carry
@@ -682,10 +764,17 @@ def _backward(x, y, carry, *, scale, center, triangle=False):
     tile_y, fresh_y = take(y, j, tile_m)
     c, keep = _similarities(tile_x, tile_y, fresh_x, fresh_y)
     w = 0.0
-    if x.stats is not None:
-      w += probabilities(c, keep, 1, tile_x.stats, tile_x, tile_y)
-    if y.stats is not None:
-      w += probabilities(c, keep, 0, tile_y.stats, tile_x, tile_y)
+    if bounded:
+      if x.stats is not None:
+        w += tile_x.stats.weight[:, None]
+      if y.stats is not None:
+        w += tile_y.stats.weight[None, :]
+      w *= jnp.exp(_logits(c, keep, scale, None, tile_x, tile_y))
+    else:
+      if x.stats is not None:
+        w += probabilities(c, keep, 1, tile_x.stats, tile_x, tile_y)
+      if y.stats is not None:
+        w += probabilities(c, keep, 0, tile_y.stats, tile_x, tile_y)
     if triangle:
       w *= jnp.where(i == j, 0.5, 1.0)
     dscale += jnp.sum(w * (c - center))
