@@ -398,7 +398,8 @@ def disk(report, root, arguments, cache):
   """The disk becomes full; bytes left: too few for a save, none for a metric line."""
   reference = undisturbed(root, arguments, cache)
   saves = sorted((reference.directory / "checkpoints").iterdir())
-  one = sum(f.stat().st_size for f in saves[-1].rglob("*") if f.is_file())
+  sizes = [f.stat().st_size for f in saves[-1].rglob("*") if f.is_file()]
+  one = sum(sizes)
   for share in (0.5, 0.1, 0.0):
     shutil.rmtree(root / "disk", ignore_errors=True)
     with small_disk(root, 8 * one + 2**24) as path:
@@ -407,7 +408,7 @@ def disk(report, root, arguments, cache):
       prefix = ()
       if path is None:
         # A file may not grow beyond this: a save is cut short, metrics are not.
-        limit = max(1, int(max(share, 0.1) * one) // 1024)
+        limit = max(1, int(max(share, 0.1) * max(sizes)) // 1024)
         prefix = ("bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash")
       run.start(() if path else prefix)
       first_save = lambda words: any(word == "saved" for word, *_ in words)
