@@ -319,6 +319,54 @@ def test_watch_knows_a_stuck_step_from_a_long_evaluation():
   assert watch.code == 75 and watch.stuck(1035) is None
 
 
+CHILD = """
+import os, sys, time
+tell = lambda word: os.write(int(os.environ["CLJ_PARENT_PIPE"]), word)
+print(os.getpid(), flush=True)
+for word in sys.argv[1:]:
+  tell(word.encode() + b"\\n")
+while True:
+  tell(b"alive\\n")
+  time.sleep(0.1)
+"""
+
+
+def supervised(*words):
+  """A parent whose child says `words` and then nothing but that it is alive."""
+  code = "import sys; from clj import processes\n"
+  code += "sys.exit(processes.supervise([sys.executable, '-c', *sys.argv[1:]], 1))"
+  return start(["-c", code, CHILD, *words], 0)
+
+
+def test_a_process_that_is_alive_but_stuck_is_ended():
+  parent = supervised("step", "step")
+  out, error = parent.communicate(timeout=30)
+  assert parent.returncode == 75
+  assert error.strip().startswith("clj: a step did not end within 2 s (longest step ")
+  assert len(error.strip().splitlines()) == 1
+  assert gone(int(out))
+
+
+def test_a_parent_that_is_killed_takes_its_child_along():
+  parent = supervised()
+  child = int(parent.stdout.readline())
+  assert not gone(child)
+  parent.kill()
+  parent.communicate()  # the child held the pipes too
+  until = time.monotonic() + 10
+  while not gone(child):
+    assert time.monotonic() < until
+    time.sleep(0.01)
+
+
+def gone(pid):
+  try:
+    with open(f"/proc/{pid}/stat") as file:
+      return file.read().rpartition(")")[2].split()[0] == "Z"
+  except FileNotFoundError:
+    return True
+
+
 SLURM = {
   "SLURM_JOB_ID": "17",
   "SLURM_STEP_NODELIST": "node[001-002]",
