@@ -156,7 +156,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       if header and "->" in line:
         name, current, root = header[2], {}, None
         entry = name if header[1] else entry
-    elif line.startswith("}"):
+    elif re.match(r"\}(?!\})", line):  # "}}": the end of an attribute of several lines
       computations[name] = Computation(current, root)
       current = None
     elif instruction := _instruction(line):
@@ -585,7 +585,11 @@ def _pairs(size, taps, outputs, pad, stride, lhs_dilate, rhs_dilate):
 
 
 def _library_call(one, shapes):
-  """Products and convolutions that a GPU or CPU program hands to a library."""
+  """Products and convolutions that a program hands to a library or a kernel."""
+  if kernel := re.match(r"splash_mha_(fwd|dkv)", one.name):  # see models/attention.py
+    queries, keys = [s[0].dims for s in shapes if len(s[0].dims) == 4][:2]
+    products = {"fwd": 2, "dkv": 5}[kernel[1]]  # causal ones as if none were skipped
+    return 2.0 * products * math.prod(queries) * keys[-1]
   target = _target(one)
   out = one.shape[0].dims if one.shape else ()
   if "gemm" in target or "matmul" in target:

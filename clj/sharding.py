@@ -135,6 +135,39 @@ def _gather_array(x):
   return x if is_key else _gather(x)
 
 
+def platform() -> str:
+  """Of the devices that a program is traced for: "tpu", "gpu" or "cpu".
+
+  Those of the mesh of the context, which need not be here; without one, JAX's own.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def by_rows(function, *arrays):
+  """`function(*arrays)`, run by each device on its own rows.
+
+  For what the compiler cannot split: it would gather the rows of all devices. What the
+  devices do not divide, such as a single row, is whole on each.
+
+  arrays: trees of arrays with the same number of rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(
+    axis
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind == AxisType.Auto
+  )
+  devices = math.prod(mesh.shape[axis] for axis in axes)
+  if devices == 1:
+    return function(*arrays)
+  rows = len(jax.tree.leaves(arrays)[0])
+  spec = PartitionSpec(axes) if rows % devices == 0 else PartitionSpec()
+  # Not checked: kernels do not say over which axes their results vary.
+  split = jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
+  return split(*arrays)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh):
   if batch_size < 1 or batch_size % mesh.size:
     down, up = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size)

@@ -63,6 +63,28 @@ def compiled(method, mesh, rows=ROWS):
     return state, step.lower(state, batch).compile()
 
 
+def test_each_device_has_its_rows():
+  """`by_rows`: inside a mesh, inside its own map, and where the rows do not divide."""
+  seen = []
+
+  def double(x, more):
+    seen.append(len(x))
+    return 2 * x + more["y"]
+
+  def run(rows):
+    x = jnp.arange(3.0 * rows).reshape(rows, 3)
+    both = lambda x: sharding.by_rows(double, x, {"y": x, "none": None})
+    nested = lambda x: sharding.by_rows(both, x)
+    np.testing.assert_array_equal(jax.jit(both)(x), 3 * x)
+    np.testing.assert_array_equal(jax.jit(nested)(x), 3 * x)
+
+  run(16)
+  with jax.set_mesh(sharding.make_mesh(4, 2)):
+    run(16)
+    run(3)
+  assert seen == [16, 16, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 def test_collectives_of_a_tpu_step_are_what_the_rules_imply(fsdp):
   with tpu.compiler() as topology:

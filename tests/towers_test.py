@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clj import models, sharding
-from clj.models.transformer import attend
 from clj.models.vit import resize_positions, sincos2d
 
 # Parameters, image side, text length, width of the joint space, whether the heads have
@@ -352,17 +351,6 @@ def test_layer_norm_far_from_zero():
   np.testing.assert_allclose(found, expected, rtol=0, atol=5e-3)
 
 
-def test_attention_is_exact_for_equal_keys_and_hidden_ones():
-  q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 2, 4)).astype(np.float32)
-  equal = np.broadcast_to(k[:, :1], k.shape)
-  found = attend(q, jnp.asarray(equal), v)
-  expected = np.broadcast_to(v.mean(1, keepdims=True), v.shape)
-  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-  seen = np.arange(5)[None, None, None] < 3
-  found = attend(q, k, v, jnp.asarray(seen))
-  np.testing.assert_allclose(found, attend(q, k[:, :3], v[:, :3]), rtol=0, atol=1e-6)
-
-
 def test_sine_cosine_positions():
   x = np.asarray(sincos2d(3, 5, 16))
   assert x.shape == (3, 5, 16)
@@ -554,6 +542,7 @@ def test_errors_name_the_value():
     ({"positions": "rope"}, "'rope'.*learned, sincos2d"),
     ({"activation": "relu6"}, "'relu6'.*gelu_tanh"),
     ({"kernel_init": "he"}, "'he'.*xavier"),
+    ({"attention": "cudnn"}, "'cudnn'.*plain, flash"),
     ({"remat": "all"}, "'all'.*dots"),
     ({"heads": 3}, "width 16.*3 heads"),
     ({"patch": 64}, "32 x 32.*64 pixels"),

@@ -57,13 +57,8 @@ class Text(nn.Module):
       )
     x = x + position[:length].astype(dtype)[None]
 
-    mask = jnp.ones((1, 1, length, length), bool) if self.causal else None
-    if self.causal:
-      mask = jnp.tril(mask)
-    if self.mask_padding:
-      seen = text_mask[:, None, None]
-      mask = seen if mask is None else mask & seen
-    x = self.encoder(x, mask, train)
+    mask = text_mask if self.mask_padding else None
+    x = self.encoder(x, mask, train, self.causal)
     x = layer_norm(self.encoder.eps, dtype, "ln_post")(x).astype(jnp.float32)
     return (x * pool_weights(text, text_mask, self.pool)[..., None]).sum(1)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from clj import sharding
+from clj.models.attention import FORMS
 
 ACTIVATIONS = {
   "gelu": partial(nn.gelu, approximate=False),
@@ -87,39 +88,20 @@ def keep_shape(module, name, init, *shape):
   return module.param(name, init, shape)
 
 
-def attend(q, k, v, mask=None):
-  """`[N, T, H, d]`, twice `[N, S, H, d]` -> `[N, T, H, d]`; softmax in float32.
-
-  Written out, because at the lengths of these towers it is as good as what there is.
-  Compiled for one TPU v5e in bfloat16, forward and backward of 128 images of ViT-B/16
-  (197 tokens), this reads and writes 3.7 GB in 0.5 GiB of scratch memory; scores in
-  float32 would be 5.3 GB; JAX's Pallas flash attention, padded to 256 tokens, 5.2 GB
-  in 1.2 GiB, and it needs a `shard_map` of its own. It wins a fifth at exactly 256
-  tokens and a quarter at 577. cuDNN's attention cannot be traced where there is no
-  cuDNN, not even inside `platform_dependent`: the plan would be of another program.
-  """
-  # Scaled before, so that the scores are read as they are; without a second rounding.
-  q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-  scores = jnp.einsum("nthd,nshd->nhts", q, k).astype(jnp.float32)
-  if mask is not None:
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = nn.softmax(scores).astype(v.dtype)
-  return jnp.einsum("nhts,nshd->nthd", weights, v)
-
-
 class Attention(nn.Module):
   """Multi-head attention: `[N, T, D]` looks at `[N, S, D]` -> `[N, T, outputs]`.
 
-  mask: bool, `[1 or N, 1, 1 or T, S]`, True where a token may be looked at.
+  form: a key of `attention.FORMS`; there is what `mask` and `causal` mean.
   """
 
   heads: int
   inits: Init
   dtype: str
   outputs: int | None = None  # D by default
+  form: str = "plain"
 
   @nn.compact
-  def __call__(self, x, context, mask=None):
+  def __call__(self, x, context, mask=None, causal=False):
     width = x.shape[-1]
     if width % self.heads:
       raise ValueError(f"width {width} does not divide into {self.heads} heads")
@@ -129,7 +111,7 @@ class Attention(nn.Module):
       return x.reshape(*x.shape[:2], self.heads, -1)
 
     q, k, v = project(x, "query"), project(context, "key"), project(context, "value")
-    x = attend(q, k, v, mask).reshape(*x.shape[:2], width)
+    x = FORMS[self.form](q, k, v, mask, causal).reshape(*x.shape[:2], width)
     return nn.Dense(
       self.outputs or width, kernel_init=self.inits.out, dtype=self.dtype, name="out"
     )(x)
@@ -159,6 +141,8 @@ class Block(nn.Module):
   inits: Init
   layer_scale: float | None
   drop_path: bool
+  attention: str
+  causal: bool
   dtype: str
 
   @nn.compact
@@ -176,8 +160,10 @@ class Block(nn.Module):
 
     norm = partial(layer_norm, self.eps, self.dtype)
     y = norm("ln1")(x)
-    y = Attention(self.heads, self.inits, self.dtype, name="attention")(y, y, mask)
-    x = add(x, y, "layer_scale1")
+    attention = Attention(
+      self.heads, self.inits, self.dtype, form=self.attention, name="attention"
+    )
+    x = add(x, attention(y, y, mask, self.causal), "layer_scale1")
     mlp = MLP(self.hidden, self.activation, self.inits, self.dtype, name="mlp")
     x = add(x, mlp(norm("ln2")(x)), "layer_scale2")
     return x, None  # a carry and no outputs: what nn.scan asks for
@@ -186,9 +172,14 @@ class Block(nn.Module):
 class Encoder(nn.Module):
   """`depth` layers: `[N, T, D]` -> `[N, T, D]` of `dtype`.
 
+  Called with `mask`, bool `[N, T]` or None for all: the tokens that may be looked at;
+  and `causal`, whether tokens look only at earlier ones and themselves.
+
   hidden: width of the perceptrons, 4 D by default.
   activation: a key of `ACTIVATIONS`.
   kernel_init: a key of `INITS`.
+  attention: "plain", or "flash" for sequences of several hundred tokens: a kernel, on
+    TPUs and (16 bits only) GPUs; see `clj.models.attention`.
   layer_scale: a learned gain of every branch, which starts at this value (CaiT,
     arXiv:2103.17239); None for none.
   drop_path: stochastic depth (arXiv:1603.09382): from 0 in the first layer to this
@@ -211,6 +202,7 @@ class Encoder(nn.Module):
   activation: str = "gelu"
   eps: float = 1e-6
   kernel_init: str = "xavier"
+  attention: str = "plain"
   layer_scale: float | None = None
   drop_path: float = 0.0
   scan: bool = False
@@ -218,8 +210,12 @@ class Encoder(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x, mask, train):
-    for value, known in ((self.activation, ACTIVATIONS), (self.kernel_init, INITS)):
+  def __call__(self, x, mask, train, causal=False):
+    for value, known in (
+      (self.activation, ACTIVATIONS),
+      (self.kernel_init, INITS),
+      (self.attention, FORMS),
+    ):
       if value not in known:
         raise ValueError(f"unknown {value!r}; there are {', '.join(known)}")
     width = x.shape[-1]
@@ -259,6 +255,8 @@ class Encoder(nn.Module):
       inits=INITS[self.kernel_init](width, hidden, self.depth),
       layer_scale=self.layer_scale,
       drop_path=self.drop_path > 0,
+      attention=self.attention,
+      causal=causal,
       dtype=self.dtype,
     )
     x = x.astype(self.dtype)
