@@ -428,6 +428,25 @@ def test_patch_dropout():
   assert not np.array_equal(some, dropped(1))
 
 
+def test_token_dropout():
+  """Hidden tokens count as padding; a text keeps its ends, and evaluation all of it."""
+  drop = lambda share: models.text("text_test", pool="mean", token_dropout=share)
+  params, whole = run(drop(0.5), TEXTS, MASK)
+  some = lambda share, seed=0: features(
+    drop(share), params, TEXTS, MASK, train=True, seed=seed
+  )
+  np.testing.assert_array_equal(some(0.0), whole)
+  last = MASK.sum(1)[:, None] - 1
+  ends = MASK & ((np.arange(7)[None] == 0) | (np.arange(7)[None] == last))
+  np.testing.assert_allclose(
+    some(1.0), features(drop(0.0), params, TEXTS, ends), atol=1e-6
+  )
+  np.testing.assert_array_equal(some(0.5), some(0.5))
+  assert not np.array_equal(some(0.5)[0], some(0.5, 1)[0])
+  with pytest.raises(ValueError, match="token_dropout .* needs mask_padding"):
+    models.text("clip_vit_b32", token_dropout=0.5).init(jax.random.key(0), TEXTS, MASK)
+
+
 def test_stochastic_depth():
   """A branch is skipped by whole examples; others count for more, so the mean stays."""
   network = models.image("vit_test", depth=2, drop_path=0.5, pool="tokens", cls=False)

@@ -3,6 +3,7 @@
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from clj.models.transformer import Encoder, keep_shape, layer_norm, normal
@@ -23,6 +24,8 @@ class Text(nn.Module):
   causal: whether tokens see only earlier ones and themselves.
   mask_padding: whether padding is hidden from attention. SigLIP does not hide it; in a
     causal model the end token comes before it anyway.
+  token_dropout: probability with which a token is hidden in training, the first and the
+    last of a text never (random masking, as in CLIPA, arXiv:2305.07017).
   token_std, position_std: of the initial embeddings; None for width^(-1/2).
 
   The number of positions is the L of the text given to `init`; shorter texts use the
@@ -35,6 +38,7 @@ class Text(nn.Module):
   pool: str = "end"
   causal: bool = False
   mask_padding: bool = True
+  token_dropout: float = 0.0
   token_std: float | None = 0.02
   position_std: float | None = 0.01
 
@@ -42,7 +46,11 @@ class Text(nn.Module):
   def __call__(self, text, text_mask, *, train):
     if self.pool not in POOLS:
       raise ValueError(f"unknown pool {self.pool!r}; there are {', '.join(POOLS)}")
+    if self.token_dropout and not self.mask_padding:
+      raise ValueError("token_dropout hides tokens as padding: it needs mask_padding")
     dtype, length = self.encoder.dtype, text.shape[1]
+    if train and self.token_dropout:
+      text_mask = drop_tokens(self.make_rng("dropout"), text_mask, self.token_dropout)
     token_std, position_std = (
       self.width**-0.5 if std is None else std
       for std in (self.token_std, self.position_std)
@@ -61,6 +69,13 @@ class Text(nn.Module):
     x = self.encoder(x, mask, train, self.causal)
     x = layer_norm(self.encoder.eps, dtype, "ln_post")(x).astype(jnp.float32)
     return (x * pool_weights(text, text_mask, self.pool)[..., None]).sum(1)
+
+
+def drop_tokens(rng, text_mask, share):
+  """`text_mask` without a random share of the tokens between the first and the last."""
+  position = jnp.arange(text_mask.shape[1])[None]
+  inner = (position > 0) & (position < text_mask.sum(1, keepdims=True) - 1)
+  return text_mask & ~(inner & jax.random.bernoulli(rng, share, text_mask.shape))
 
 
 def pool_weights(text, text_mask, pool):
