@@ -219,7 +219,7 @@ class Checkpoints:
       # It logs with a traceback what it then raises in `save` or `wait`.
       logging.getLogger("absl").addFilter(_not_orbax)
       score = lambda metrics: metrics.get("score", -np.inf)
-      self._manager = ocp.CheckpointManager(
+      self._manager = _Manager(
         self.directory,
         options=ocp.CheckpointManagerOptions(
           best_fn=score,
@@ -347,6 +347,17 @@ class Checkpoints:
       for manifest in self._manifests(step):
         _move(manifest, aside / f"{target.name}.{manifest.name}")
     return epath.Path(processes.from_first(os.fspath(target)))  # all wait for it
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Only the loop asks for this: see `processes.Stopping`.
+
+    The runtime remembers at which moment a process asked last. Orbax would ask in every
+    save, with the number of the step: the processes then agree to stop at a moment that
+    is over, and never stop.
+    """
+    return False
 
 
 def _committed(path: epath.Path) -> bool:

@@ -5,7 +5,9 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from clj import sharding
 from clj.checkpoint import CheckpointError, Checkpoints
@@ -137,6 +139,17 @@ def test_rolling_and_best_are_kept(tmp_path):
   hashed = {int(p.name.split(".")[0]) for p in (tmp_path / "hashes").iterdir()}
   # Hashes of what was deleted go with the next save.
   assert {2, 4, 5} <= hashed and 1 not in hashed
+
+
+def test_a_save_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
+  """Only the loop may: its moments are counted, and Orbax's would be others."""
+  asked = []
+  name = "reached_preemption_sync_point"
+  monkeypatch.setattr(multihost_utils, name, lambda step: asked.append(step))
+  ocp.utils.reached_preemption(3)
+  assert asked == [3]  # so Orbax would ask
+  write(tmp_path)
+  assert asked == [3]
 
 
 def test_asking_for_a_step_that_is_not_there_says_which_are(tmp_path):
