@@ -152,7 +152,7 @@ class _Stats(NamedTuple):
   """The softmax of a row. Bounded logits are exponentiated without their reference."""
 
   reference: Any
-  low: Any  # what rounding took from the reference; None where that was given
+  low: Any = None  # what rounding took from the reference, where that was computed
   top: Any = None
   weight: Any = None  # cotangent over the sum of exp(s_ij - top_i)
 
@@ -160,7 +160,7 @@ class _Stats(NamedTuple):
 class _Kept(NamedTuple):
   """What the forward pass keeps for the backward pass beside its arguments."""
 
-  bounded: Any
+  bounded: Any  # None where that was not asked
   sums: Any  # (top, total) of the softmaxes
   gathered: Any  # the columns, where devices share them
 
@@ -319,28 +319,31 @@ def _kept_specs(rows):
 
 def _local_forward(plan, axes, arrays):
   x, y = _sides(plan, arrays)
-  scale, gathered = arrays.scale, None
-  bounded = _bounded(x, y, scale, axes)
-  rows = _no_logits(x, bounded)
-  cols = _no_logits(y, bounded) if plan.mode == "pair" else None
-  if axes is None:
-    triangle = plan.mode == "self"
-    rows, cols = _forward(x, y, scale, bounded, rows, cols, triangle)
-  elif plan.ring:
-    rows, cols = _ring_forward(plan, axes, arrays, x, y, bounded, rows, cols)
-  else:
-    own, gathered = cols, gather(y, axes)
-    cols = _no_logits(gathered, bounded) if plan.mode == "pair" else None
-    rows, cols = _forward(x, gathered, scale, bounded, rows, cols)
-    gathered = gathered._replace(stats=None)
-    if plan.mode == "pair":
-      # Each device has seen its own rows: the columns' sums go where the columns are.
-      top = jax.lax.pmax(cols[0], axes)
-      total = cols[1] * jnp.exp(cols[0] - _finite(top))
-      total = jax.lax.psum_scatter(total, axes, tiled=True)
-      n = own[0].shape[0]
-      start = jax.lax.axis_index(axes) * n
-      cols = jax.lax.dynamic_slice_in_dim(top, start, n), total
+  scale, columns, gathered = arrays.scale, y, None
+  if axes is not None and not plan.ring:
+    columns = gather(y, axes)
+    gathered = columns._replace(stats=None)
+
+  def sums(bounded):
+    rows = _no_logits(x, bounded)
+    cols = _no_logits(columns, bounded) if plan.mode == "pair" else None
+    if plan.ring and axes is not None:
+      return _ring_forward(plan, axes, arrays, x, y, bounded, rows, cols)
+    triangle = plan.mode == "self" and axes is None
+    return _forward(x, columns, scale, bounded, rows, cols, triangle)
+
+  # The ring is there for its memory, which a choice of two loops would multiply.
+  in_ring = plan.ring and axes is not None
+  bounded = None if in_ring else _bounded(x, y, scale, axes)
+  rows, cols = _either(bounded, sums)
+  if plan.mode == "pair" and gathered is not None:
+    # Each device has seen its own rows: the columns' sums go where the columns are.
+    top = jax.lax.pmax(cols[0], axes)
+    total = cols[1] * jnp.exp(cols[0] - _finite(top))
+    total = jax.lax.psum_scatter(total, axes, tiled=True)
+    n = y.z.shape[0]
+    start = jax.lax.axis_index(axes) * n
+    cols = jax.lax.dynamic_slice_in_dim(top, start, n), total
   stats = x.stats
   out = (_relative(rows, stats, scale, bounded),)
   if plan.mode == "pair":
@@ -370,11 +373,19 @@ def _bounded(x, y, scale, axes):
   return (bound if axes is None else jax.lax.pmax(bound, axes)) <= BOUND
 
 
+def _either(bounded, loop):
+  """`loop(True)` where the logits are bounded, else `loop(False)`."""
+  if bounded is None:
+    return loop(False)
+  return jax.lax.cond(bounded, lambda: loop(True), lambda: loop(False))
+
+
 def _relative(sums, stats, scale, bounded):
   """The log-sum-exp relative to the positive's logit."""
   top, total = sums
   lse = _finite(top) + jnp.log(total)
-  lse -= jnp.where(bounded, scale * stats.reference, 0.0)
+  if bounded is not None:
+    lse -= jnp.where(bounded, scale * stats.reference, 0.0)
   return lse if stats.low is None else lse - scale * stats.low
 
 
@@ -386,7 +397,7 @@ def _local_backward(plan, axes, arrays, kept, g):
   def weighted(stats, sums, g):
     top, total = sums
     weight = jnp.where(total > 0, g / total, 0.0)
-    return stats._replace(top=_finite(top), weight=weight)
+    return _Stats(stats.reference, top=_finite(top), weight=weight)
 
   # The scale's gradient is summed around the mean reference, against cancellation.
   reference, low = x.stats.reference, x.stats.low
@@ -401,50 +412,59 @@ def _local_backward(plan, axes, arrays, kept, g):
   weights = sum(g)
   distance = reference - center
   dscale = -jnp.sum(weights * (distance if low is None else distance + low))
-  loop = functools.partial(_backward, scale=scale, bounded=kept.bounded, center=center)
-  if axes is None:
-    triangle = plan.mode == "self"
-    start = _no_gradients(x, y, both=not triangle)
-    dx, dy, total, dbias = loop(x, y, start, triangle=triangle)
-  elif plan.ring:
-    dx, dy, total, dbias = _ring_backward(plan, axes, arrays, x, y, loop)
-  else:
-    all_y = gathered._replace(stats=gather(y.stats, axes))
-    dx, _, total, dbias = loop(x, all_y, _no_gradients(x, all_y))
-    if plan.mode != "self":
-      all_x = gather(x, axes)
-      dy, _, _, dbias = loop(y, all_x, _no_gradients(y, all_x))
-  # Where no triangle halves them, the rows of "self" have met each logit twice.
-  twice = plan.mode == "self" and axes is not None
-  dscale += total / 2 if twice else total
-
-  if plan.mode == "self":
-    dx, dy = (dx, dy) if plan.ring and axes is not None else jnp.split(dx, 2)
+  if plan.mode == "self":  # from here on what belongs to a pair
     weights = sum(jnp.split(weights, 2))
-  if plan.aligned:
-    dx -= weights[:, None] * _unit(plan, arrays.y, arrays.y_scale)
-    dy -= weights[:, None] * _unit(plan, arrays.x)
-  dx, dy = scale * dx, scale * dy
+  if gathered is not None:
+    all_y = gathered._replace(stats=gather(y.stats, axes))
+    all_x = None if plan.mode == "self" else gather(x, axes)
 
-  dy_scale = None
-  if arrays.y_scale is not None:
-    dy_scale = jnp.sum(_unit(plan, arrays.y) * dy, axis=1).astype(arrays.y_scale.dtype)
-    dy *= _f32(arrays.y_scale)[:, None]
-  if plan.normalize:
-    dx, dy = normalize_vjp(arrays.x, dx), normalize_vjp(arrays.y, dy)
-  dreference = None
-  if arrays.reference is not None:
-    dreference = (-scale * g[0]).astype(arrays.reference.dtype)
-  return _Arrays(
-    x=dx.astype(arrays.x.dtype),
-    y=dy.astype(arrays.y.dtype),
-    scale=dscale,
-    reference=dreference,
-    bias=None if arrays.bias is None else dbias.astype(arrays.bias.dtype),
-    y_scale=dy_scale,
-    row_ids=None,
-    col_ids=None,
-  )
+  def sums(bounded):
+    loop = functools.partial(_backward, scale=scale, bounded=bounded, center=center)
+    if axes is None:
+      triangle = plan.mode == "self"
+      start = _no_gradients(x, y, both=not triangle)
+      return loop(x, y, start, triangle=triangle)
+    if plan.ring:
+      return _ring_backward(plan, axes, arrays, x, y, loop)
+    dx, _, total, dbias = loop(x, all_y, _no_gradients(x, all_y))
+    if plan.mode == "self":
+      return dx, None, total, None
+    dy, _, _, dbias = loop(y, all_x, _no_gradients(y, all_x))
+    return dx, dy, total, dbias
+
+  def gradients(bounded):
+    dx, dy, total, dbias = sums(bounded)
+    # Where no triangle halves them, the rows of "self" have met each logit twice.
+    twice = plan.mode == "self" and axes is not None
+    if plan.mode == "self":
+      dx, dy = (dx, dy) if plan.ring and axes is not None else jnp.split(dx, 2)
+    if plan.aligned:
+      dx -= weights[:, None] * _unit(plan, arrays.y, arrays.y_scale)
+      dy -= weights[:, None] * _unit(plan, arrays.x)
+    dx, dy = scale * dx, scale * dy
+
+    dy_scale = None
+    if arrays.y_scale is not None:
+      dy_scale = jnp.sum(_unit(plan, arrays.y) * dy, axis=1)
+      dy_scale = dy_scale.astype(arrays.y_scale.dtype)
+      dy *= _f32(arrays.y_scale)[:, None]
+    if plan.normalize:
+      dx, dy = normalize_vjp(arrays.x, dx), normalize_vjp(arrays.y, dy)
+    dreference = None
+    if arrays.reference is not None:
+      dreference = (-scale * g[0]).astype(arrays.reference.dtype)
+    return _Arrays(
+      x=dx.astype(arrays.x.dtype),
+      y=dy.astype(arrays.y.dtype),
+      scale=dscale + (total / 2 if twice else total),
+      reference=dreference,
+      bias=None if arrays.bias is None else dbias.astype(arrays.bias.dtype),
+      y_scale=dy_scale,
+      row_ids=None,
+      col_ids=None,
+    )
+
+  return _either(kept.bounded, gradients)
 
 
 # The ring: one side stays, the other travels, and comes home after as many hops as
@@ -513,9 +533,9 @@ def _sides(plan, arrays):
     products = _unit(plan, arrays.x) * _unit(plan, arrays.y, arrays.y_scale)
     stats = _Stats(*_exact_sum(products))
   elif arrays.reference is not None:
-    stats = _Stats(_f32(arrays.reference), None)
+    stats = _Stats(_f32(arrays.reference))
   else:
-    stats = _Stats(jnp.zeros_like(arrays.x[:, 0], jnp.float32), None)
+    stats = _Stats(jnp.zeros_like(arrays.x[:, 0], jnp.float32))
   if plan.mode == "self":
     join = lambda a, b: jnp.concatenate([a, b])
     norm = None if norm_x is None else join(norm_x, norm_y)
@@ -526,7 +546,7 @@ def _sides(plan, arrays):
     y_scale = _f32(arrays.y_scale)
     norm_y = y_scale if norm_y is None else norm_y * y_scale
   if plan.mode == "pair":
-    stats_y = stats
+    stats_y = _Stats(stats.reference)
   bias = None if arrays.bias is None else _f32(arrays.bias)
   return (
     _Side(arrays.x, norm_x, None, arrays.row_ids, stats),
@@ -673,22 +693,15 @@ def zeros(shape, like):
 
 def _no_logits(side, bounded):
   total = zeros(side.z.shape[:1], side.z)
-  return total + jnp.where(bounded, 0.0, -jnp.inf), total
+  return (total if bounded else total - jnp.inf), total
 
 
 def _forward(x, y, scale, bounded, rows, cols, triangle=False):
   """Adds all tiles to the running maxima and sums of the rows and of the columns.
 
   cols is None where the columns have no softmax. triangle: x and y are one side, and
-  each pair of tiles is computed once.
+  each pair of tiles is computed once. bounded: True if no logit needs a maximum.
   """
-  loop = functools.partial(_forward_tiles, x, y, scale, triangle)
-  return jax.lax.cond(
-    bounded, functools.partial(loop, True), functools.partial(loop, False), rows, cols
-  )
-
-
-def _forward_tiles(x, y, scale, triangle, bounded, rows, cols):
   n, m = x.z.shape[0], y.z.shape[0]
   tile_n, tile_m = tile_sizes(n, m, triangle)
 
@@ -742,13 +755,6 @@ def _backward(x, y, carry, *, scale, bounded, center, triangle=False):
   (where x has stats) and of the columns (where y has). The sums over i are left out
   where the carry has no place for them.
   """
-  loop = functools.partial(_backward_tiles, x, y, scale, center, triangle)
-  return jax.lax.cond(
-    bounded, functools.partial(loop, True), functools.partial(loop, False), carry
-  )
-
-
-def _backward_tiles(x, y, scale, center, triangle, bounded, carry):
   n, m = x.z.shape[0], y.z.shape[0]
   tile_n, tile_m = tile_sizes(n, m, triangle)
 
