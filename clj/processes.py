@@ -302,7 +302,8 @@ def is_loss(error: BaseException | None) -> bool:
   import jax
 
   while error is not None:
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # From a call that takes JAX's fast path the same comes as a ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
       mine = "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND"
       return _in_runtime() and not str(error).startswith(mine)
     error = error.__cause__ or error.__context__

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -34,8 +35,6 @@ def free_port():
 
 def start(command, index, devices=4, **kwargs):
   """Starts one process; its compiled programs come from the cache of the tests."""
-  import jax
-
   env = os.environ | {
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -317,6 +316,25 @@ def test_watch_knows_a_stuck_step_from_a_long_evaluation():
   assert "no sign of life for 10 s" in watch.stuck(1034)
   watch.note("exit 75", 1034)
   assert watch.code == 75 and watch.stuck(1035) is None
+
+
+@pytest.mark.parametrize(
+  "error, lost",
+  [
+    (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: heartbeat timeout"), True),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+    (ValueError("RESOURCE_EXHAUSTED: No space left on device"), False),
+  ],
+)
+def test_the_loss_of_another_process_is_told_from_an_error(error, lost, monkeypatch):
+  monkeypatch.setattr(processes, "_in_runtime", lambda: True)
+  assert processes.is_loss(error) == lost
+  wrapped = checkpoint.CheckpointError("saving step 18 failed")
+  wrapped.__cause__ = error  # as a save raises it
+  assert processes.is_loss(wrapped) == lost
+  monkeypatch.setattr(processes, "_in_runtime", lambda: False)
+  assert not processes.is_loss(error)
 
 
 CHILD = """
