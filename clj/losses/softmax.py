@@ -18,7 +18,7 @@ clusters the gradient of the scale is a small difference of similarities. More c
 Where the norms bound the logits (a scale of 60 at most between unit vectors), their
 exponentials need no maxima, and one of them serves its row and its column; anything
 larger runs with maxima relative to each positive. Both are in the program, and the
-batch decides.
+batch decides (pairs on several devices and the ring always run with maxima).
 
 Arrays are global. Under `jax.set_mesh` rows are split over the batch axes of the mesh;
 each device gathers every side once, and O(B) scalars, and no gradient ever travels but
@@ -332,9 +332,11 @@ def _local_forward(plan, axes, arrays):
     triangle = plan.mode == "self" and axes is None
     return _forward(x, columns, scale, bounded, rows, cols, triangle)
 
-  # The ring is there for its memory, which a choice of two loops would multiply.
-  in_ring = plan.ring and axes is not None
-  bounded = None if in_ring else _bounded(x, y, scale, axes)
+  # A choice of two loops keeps what they carry in a TPU's HBM. On more than one device
+  # only the form that carries one side's gradient, and is not there for its memory, has
+  # it.
+  choice = axes is None or not (plan.ring or plan.mode == "pair")
+  bounded = _bounded(x, y, scale, axes) if choice else None
   rows, cols = _either(bounded, sums)
   if plan.mode == "pair" and gathered is not None:
     # Each device has seen its own rows: the columns' sums go where the columns are.
