@@ -173,6 +173,22 @@ def test_float32_against_float64(name, kind, scale):
   _check(got, want, 1e-5 if scale <= 20 else 3e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "siglip"])
+def test_float32_on_tight_clusters(name, scale):
+  """What is left of the gradient of the scale is 1e-5 of its terms."""
+  for seed in range(3):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((2, 2048, 128))
+    centre = rng.standard_normal((64, 128))[rng.integers(0, 64, 2048)]
+    z = centre + 0.1 * np.stack([x, y])
+    x, y = np.float32(z / np.linalg.norm(z, axis=2, keepdims=True))
+    want = LOSSES[name][1](x, y, scale, -scale / 2)
+    got = _jitted(name)(x, y, jnp.float32(scale), jnp.float32(-scale / 2))
+    _check(got, want, 1e-5 if scale <= 20 else 3e-5)
+
+
 @pytest.mark.parametrize("kind", ["random", "aligned", "clustered"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_bfloat16_operands(name, kind):
