@@ -128,6 +128,7 @@ def test_what_cannot_be_evaluated_is_said_in_a_line():
     evaluation({"zero": {}}, source)
 
 
+@pytest.mark.slow
 def test_a_config_is_trained_first(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(lit.__file__.rpartition("/configs/")[0])
   config = lit.get_config("smoke").to_dict() | {
