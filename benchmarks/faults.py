@@ -367,14 +367,22 @@ def kills(report, root, count: int, number: int, seed: int, arguments, cache):
       "completed_save_lost": sum(f["kept"] < f["saved"] for f in found),
       "steps_lost_most": max(lost, default=0),
       "steps_lost_mean": round(statistics.mean(lost or [0]), 1),
-      "others_ended_within_s": max((f.get("others_s", 0) for f in found), default=0),
+      "others_ended_within_s": max(
+        (f["others_s"] for f in found if None not in f.get("others", [None])), default=0
+      ),
+      "others_went_on_waiting": sum(None in f.get("others", []) for f in found),
       "restarts": restarts,
       "seconds": round(time.monotonic() - began),
       **comparison,
       "ok": done
       and same(comparison)
       and not any(f["kept"] < f["saved"] for f in found)
-      and all(c in (AGAIN, None) for f in found for c in f.get("others", [])),
+      # Only at the start may the others wait, for its restart.
+      and all(
+        code == AGAIN or (code is None and f["at"] == "start")
+        for f in found
+        for code in f.get("others", [])
+      ),
     }
   )
 
