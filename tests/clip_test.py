@@ -187,6 +187,7 @@ TEACHER = {
 }
 
 
+@pytest.mark.slow
 def test_a_teacher_is_filled_by_init_from_and_imitated(tmp_path):
   from safetensors.numpy import save_file
 

@@ -122,6 +122,7 @@ def distance(a, b):
   return norm(jax.tree.map(lambda x, y: np.float64(x) - np.float64(y), a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_five_free_steps_are_the_same_on_one_and_eight_devices(name):
   one, _ = run(name, 1, 5)
