@@ -499,9 +499,11 @@ def _equations(jaxpr, branch, times=1):
   for eqn in jaxpr.eqns:
     yield eqn, times
     trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    subs = list(jax.core.jaxprs_in_params(eqn.params))
+    leaves = jax.tree.leaves(eqn.params)  # loops have theirs closed
+    subs = [getattr(x, "jaxpr", x) for x in leaves]
+    subs = [x for x in subs if hasattr(x, "eqns")]
     for sub in subs[branch : branch + 1] if eqn.primitive.name == "cond" else subs:
-      yield from _equations(getattr(sub, "jaxpr", sub), branch, times * trips)
+      yield from _equations(sub, branch, times * trips)
 
 
 def _work(name, n, d, grad, branch):
