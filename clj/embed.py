@@ -368,7 +368,7 @@ def _finish(made, name) -> index.Index:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  from clj.main import complain, cpu_devices, quiet_libraries, user_errors
+  from clj.main import complain, quiet_libraries, split_cpu, user_errors
 
   parser = argparse.ArgumentParser(
     prog="python -m clj.embed",
@@ -415,8 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-m", "clj.embed", *argv]
     return processes.supervise(command, arguments.heartbeat)
   try:
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-      jax.config.update("jax_num_cpu_devices", cpu_devices(arguments.batch_size))
+    split_cpu(arguments.batch_size)
     if run.count > 1:
       processes.connect(run, arguments.heartbeat)
       signal.signal(signal.SIGTERM, _stop)  # each by itself: nothing has to be agreed

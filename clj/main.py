@@ -58,9 +58,7 @@ def main() -> int:
     command = [sys.executable, "-m", "clj.main", *sys.argv[1:]]
     return processes.supervise(command, HEARTBEAT.value)
   quiet_libraries()
-  if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    devices = cpu_devices(max(1, config["batch_size"] // run.count))
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
+  split_cpu(max(1, config["batch_size"] // run.count))
   if run.count == 1:
     return guarded(lambda: train(directory, config))
   code = guarded(lambda: train(directory, config, run))
@@ -107,6 +105,18 @@ def cpu_devices(batch_size: int) -> int:
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
   fitting = (n for n in range(cores, 1, -1) if batch_size % n == 0)
   return next((n for n in fitting if batch_size // n >= 16), 1)
+
+
+def split_cpu(batch_size: int):
+  """Splits the CPU into `cpu_devices`, unless the environment says into how many."""
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  if "JAX_NUM_CPU_DEVICES" in os.environ:
+    return
+  devices = cpu_devices(batch_size)
+  os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+  if "jax" in sys.modules:  # which has read its environment
+    sys.modules["jax"].config.update("jax_num_cpu_devices", devices)
 
 
 def user_errors() -> tuple:

@@ -638,9 +638,7 @@ def prepare(topology: str, batch_size: int):
   """Sets the environment that JAX reads when it is imported."""
   command.quiet_libraries()
   if topology == "local":
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-      devices = str(command.cpu_devices(batch_size))
-      os.environ.setdefault("JAX_NUM_CPU_DEVICES", devices)
+    command.split_cpu(batch_size)
     return
   os.environ["JAX_PLATFORMS"] = "cpu"  # what is compiled for is not here
   quiet_compiler()

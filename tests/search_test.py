@@ -448,3 +448,20 @@ def test_several_processes_write_the_same_files(run, photos, tmp_path):
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
   assert contents(tmp_path / "two") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+  "said", [{"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, {}]
+)
+def test_the_environment_says_how_many_devices(said):
+  """The CPU is split where nothing is said, and only there."""
+  code = (
+    "import jax; from clj.main import cpu_devices, split_cpu; split_cpu(64); "
+    "print(len(jax.devices()) == (EXPECTED or cpu_devices(64)))"
+  ).replace("EXPECTED", "3" if said else "0")
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+  environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | said
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+  )
+  assert done.stdout.strip() == "True", done.stderr
