@@ -98,6 +98,21 @@ def siglip_twin(x, y, scale, bias, ids=None, weight=None):
   return value, (scale * w @ y, scale * w.T @ x, np.sum(w * c), np.sum(w))
 
 
+def supcon_twin(z, label, scale):
+  z, n = z.astype(np.float64), len(z)
+  same = (label[:, None] == label[None, :]) & ~np.eye(n, dtype=bool)
+  target = same / np.maximum(same.sum(1), 1)[:, None]
+  used = same.any(1) / n
+  c = z @ z.T
+  mean = np.sum(target * c, axis=1)
+  s = np.where(np.eye(n, dtype=bool), -np.inf, scale * (c - mean[:, None]))
+  lse = _lse(s, 1)
+  p = np.exp(s - lse[:, None])
+  w = used[:, None] * (p - target)
+  dscale = np.sum(used * np.sum(p * (c - mean[:, None]), axis=1))
+  return np.sum(used * lse), (scale * (w + w.T) @ z, dscale)
+
+
 def _weighted(rows, weight):
   n = len(weight)
   if len(rows) == 2 * n:  # both views
@@ -187,6 +202,25 @@ def test_float32_on_tight_clusters(name, scale):
     want = LOSSES[name][1](x, y, scale, -scale / 2)
     got = _jitted(name)(x, y, jnp.float32(scale), jnp.float32(-scale / 2))
     _check(got, want, 1e-5 if scale <= 20 else 3e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.1])
+def test_supcon_float32_on_clusters(spread):
+  """Where the softmax is nearly its target, what is left is still accurate."""
+  loss = lambda z, label, scale: losses.supcon(z, label, 1 / scale)
+  step = jax.jit(jax.value_and_grad(loss, (0, 2)))
+  rng = np.random.default_rng(0)
+  for clusters in 8, 256:
+    label = rng.integers(0, clusters, 1000)
+    z = rng.standard_normal((clusters, 128))[label]
+    z += spread * rng.standard_normal(z.shape)
+    z = np.float32(z / np.linalg.norm(z, axis=1, keepdims=True))
+    for scale in 1.0, 10.0, 20.0, 100.0:
+      value, (dz, dscale) = step(z, label, jnp.float32(scale))
+      value_64, (dz_64, dscale_64) = supcon_twin(z, label, scale)
+      assert abs(value - value_64) <= 1e-5 * max(1.0, value_64)
+      assert _error(dz, dz_64) <= (1e-5 if scale <= 20 else 3e-5), (clusters, scale)
+      assert _error(dscale, dscale_64) <= 5e-5, (clusters, scale)
 
 
 @pytest.mark.parametrize("kind", ["random", "aligned", "clustered"])

@@ -116,6 +116,26 @@ def log_sum_exp_self(
   return _log_sum_exp(plan, _Arrays(z1, z2, scale, None, None, None, ids, ids))
 
 
+def log_sum_exp_labels(z, scale, *, labels, positives, reference, axis_name=None):
+  """Every row over all the others, relative to the mean of its positives.
+
+  z: `[n, d]`; labels: int `[n]`: the positives of a row are the other rows of its
+  label. positives: `[n]`, their number; reference: `[n]`, their mean similarity, which
+  gets no gradient: z gets it.
+  Returns `[n]`. One device computes each of the symmetric logits once a pass.
+
+  The positives stay in the sum, so that where a row is nearly done its weights are
+  small differences, softmax less target. They are formed for each logit, from
+  similarities that are not rounded.
+  """
+  plan = _plan("self", False, False, axis_name, False)
+  ids = positions(z.shape[0], plan.axis_name)
+  arrays = _Arrays(
+    z, None, scale, reference, None, None, ids, None, labels, _f32(positives)
+  )
+  return _log_sum_exp(plan, arrays)[0]
+
+
 class _Plan(NamedTuple):
   """What is static: the shape of the computation and where its rows are."""
 
@@ -136,6 +156,8 @@ class _Arrays(NamedTuple):
   y_scale: Any
   row_ids: Any
   col_ids: Any
+  labels: Any = None
+  positives: Any = None
 
 
 class _Side(NamedTuple):
@@ -146,6 +168,7 @@ class _Side(NamedTuple):
   bias: Any
   ids: Any
   stats: Any = None  # _Stats of the softmax of each row of this side, or None
+  labels: Any = None
 
 
 class _Stats(NamedTuple):
@@ -213,17 +236,17 @@ def _pad_columns(arrays, extra):
 
 def _log_sum_exp(plan, arrays):
   scale = jnp.asarray(arrays.scale, jnp.float32)
-  for array in arrays.x, arrays.y:
+  z = [array for array in (arrays.x, arrays.y) if array is not None]
+  for array in z:
     if array.ndim != 2 or array.shape[1] != arrays.x.shape[1]:
-      raise ValueError(
-        f"embeddings are [n, d] of one width, got {arrays.x.shape} and {arrays.y.shape}"
-      )
+      shapes = " and ".join(str(a.shape) for a in z)
+      raise ValueError(f"embeddings are [n, d] of one width, got {shapes}")
   if plan.aligned and arrays.x.shape != arrays.y.shape:
     raise ValueError(f"pairs differ in shape: {arrays.x.shape} and {arrays.y.shape}")
   if plan.mesh_axes:
     check_divides(arrays.x.shape[0], devices(plan.mesh_axes), plan.mesh_axes)
-  dtype = jnp.result_type(arrays.x, arrays.y)
-  x, y = arrays.x.astype(dtype), arrays.y.astype(dtype)
+  dtype = jnp.result_type(*z)
+  x, y = jax.tree.map(lambda a: a.astype(dtype), (arrays.x, arrays.y))
   arrays = arrays._replace(x=x, y=y, scale=scale)
   return _primitive(plan, vary_alike(arrays, plan.axis_name))
 
@@ -295,7 +318,7 @@ def _primitive_bwd(plan, residuals, g):
     grads = jax.shard_map(
       backward,
       in_specs=(specs, _kept_specs(rows), rows),
-      out_specs=specs._replace(row_ids=None, col_ids=None),
+      out_specs=specs._replace(row_ids=None, col_ids=None, labels=None, positives=None),
       axis_names=set(plan.mesh_axes),
       check_vma=False,
     )(arrays, kept, g)
@@ -334,8 +357,9 @@ def _local_forward(plan, axes, arrays):
 
   # A choice of two loops keeps what they carry in a TPU's HBM. On more than one device
   # only the form that carries one side's gradient, and is not there for its memory, has
-  # it.
+  # it. Relative to its positives' mean a row's small weights are more accurate.
   choice = axes is None or not (plan.ring or plan.mode == "pair")
+  choice &= arrays.labels is None
   bounded = _bounded(x, y, scale, axes) if choice else None
   rows, cols = _either(bounded, sums)
   if plan.mode == "pair" and gathered is not None:
@@ -350,7 +374,7 @@ def _local_forward(plan, axes, arrays):
   out = (_relative(rows, stats, scale, bounded),)
   if plan.mode == "pair":
     out += (_relative(cols, stats, scale, bounded),)
-  if plan.mode == "self":
+  if plan.mode == "self" and plan.aligned:
     out = tuple(jnp.split(out[0], 2))
   return out, _Kept(bounded, (rows, cols), gathered)
 
@@ -398,6 +422,9 @@ def _local_backward(plan, axes, arrays, kept, g):
 
   def weighted(stats, sums, g):
     top, total = sums
+    if arrays.labels is not None:  # so that the weight is that of a target too
+      count = jnp.maximum(arrays.positives, 1)
+      top, total = top + jnp.log(total / count), count
     weight = jnp.where(total > 0, g / total, 0.0)
     return _Stats(stats.reference, top=_finite(top), weight=weight)
 
@@ -414,7 +441,9 @@ def _local_backward(plan, axes, arrays, kept, g):
   weights = sum(g)
   distance = reference - center
   dscale = -jnp.sum(weights * (distance if low is None else distance + low))
-  if plan.mode == "self":  # from here on what belongs to a pair
+  if arrays.labels is not None:  # the tiles have the positives
+    dscale = jnp.zeros_like(dscale)
+  elif plan.mode == "self":  # from here on what belongs to a pair
     weights = sum(jnp.split(weights, 2))
   if gathered is not None:
     all_y = gathered._replace(stats=gather(y.stats, axes))
@@ -438,12 +467,12 @@ def _local_backward(plan, axes, arrays, kept, g):
     dx, dy, total, dbias = sums(bounded)
     # Where no triangle halves them, the rows of "self" have met each logit twice.
     twice = plan.mode == "self" and axes is not None
-    if plan.mode == "self":
-      dx, dy = (dx, dy) if plan.ring and axes is not None else jnp.split(dx, 2)
+    if plan.mode == "self" and plan.aligned and not (plan.ring and axes is not None):
+      dx, dy = jnp.split(dx, 2)
     if plan.aligned:
       dx -= weights[:, None] * _unit(plan, arrays.y, arrays.y_scale)
       dy -= weights[:, None] * _unit(plan, arrays.x)
-    dx, dy = scale * dx, scale * dy
+    dx, dy = jax.tree.map(lambda d: scale * d, (dx, dy))
 
     dy_scale = None
     if arrays.y_scale is not None:
@@ -455,15 +484,19 @@ def _local_backward(plan, axes, arrays, kept, g):
     dreference = None
     if arrays.reference is not None:
       dreference = (-scale * g[0]).astype(arrays.reference.dtype)
+    if arrays.labels is not None:
+      dreference = jnp.zeros_like(dreference)
     return _Arrays(
       x=dx.astype(arrays.x.dtype),
-      y=dy.astype(arrays.y.dtype),
+      y=None if dy is None else dy.astype(arrays.y.dtype),
       scale=dscale + (total / 2 if twice else total),
       reference=dreference,
       bias=None if arrays.bias is None else dbias.astype(arrays.bias.dtype),
       y_scale=dy_scale,
       row_ids=None,
       col_ids=None,
+      labels=None,
+      positives=None,
     )
 
   return _either(kept.bounded, gradients)
@@ -538,6 +571,9 @@ def _sides(plan, arrays):
     stats = _Stats(_f32(arrays.reference))
   else:
     stats = _Stats(jnp.zeros_like(arrays.x[:, 0], jnp.float32))
+  if arrays.labels is not None:
+    side = _Side(arrays.x, None, None, arrays.row_ids, stats, arrays.labels)
+    return side, side
   if plan.mode == "self":
     join = lambda a, b: jnp.concatenate([a, b])
     norm = None if norm_x is None else join(norm_x, norm_y)
@@ -644,8 +680,32 @@ def product(a, b, dims):
   )
 
 
+def _exact_product(x, y):
+  """The inner products of rows, each as a sum of two: exact, and a small rest.
+
+  On a grid of 2^-10 of each row's norm the products' sum is exact, however it is
+  added up, and what the grid leaves is so small that its rounding does not count.
+  """
+
+  def split(z):
+    far = 8192 * jnp.sqrt(jnp.sum(jnp.square(z), axis=1, keepdims=True))
+    coarse = (z + far) - far
+    return coarse, z - coarse
+
+  (coarse_x, rest_x), (coarse_y, rest_y) = split(x), split(y)
+  rest_x = jnp.concatenate([rest_x, coarse_x], axis=1)
+  rest_y = jnp.concatenate([y, rest_y], axis=1)
+  rest = product(rest_x, rest_y, ((1,), (1,)))
+  return product(coarse_x, coarse_y, ((1,), (1,))), rest
+
+
 def _similarities(x, y, fresh_x, fresh_y):
-  c = product(x.z, y.z, ((1,), (1,)))
+  """The similarities, what is to be added to them where they are exact, the mask."""
+  rest = None
+  if x.labels is not None and x.z.dtype == jnp.float32:
+    c, rest = _exact_product(x.z, y.z)
+  else:
+    c = product(x.z, y.z, ((1,), (1,)))
   if x.norm is not None:
     c *= x.norm[:, None]
   if y.norm is not None:
@@ -657,11 +717,17 @@ def _similarities(x, y, fresh_x, fresh_y):
     if fresh != (None, None):
       line = fresh[0][:, None] if fresh[0] is not None else fresh[1][None, :]
       keep = jnp.broadcast_to(line, c.shape) if keep is None else keep & line
-  return c, keep
+  return (c, rest), keep
+
+
+def _minus(c, reference):
+  c, rest = c
+  c = c if reference is None else c - reference  # exact, where they are close
+  return c if rest is None else c + rest
 
 
 def _logits(c, keep, scale, reference, x, y):
-  s = scale * (c if reference is None else c - reference)
+  s = scale * _minus(c, reference)
   if x.bias is not None:
     s += x.bias[:, None]
   if y.bias is not None:
@@ -783,9 +849,13 @@ def _backward(x, y, carry, *, scale, bounded, center, triangle=False):
         w += probabilities(c, keep, 1, tile_x.stats, tile_x, tile_y)
       if y.stats is not None:
         w += probabilities(c, keep, 0, tile_y.stats, tile_x, tile_y)
+    if x.labels is not None:
+      target = tile_x.stats.weight[:, None] + tile_y.stats.weight[None, :]
+      same = tile_x.labels[:, None] == tile_y.labels[None, :]
+      w -= jnp.where(keep & same, target, 0.0)
     if triangle:
       w *= jnp.where(i == j, 0.5, 1.0)
-    dscale += jnp.sum(w * (c - center))
+    dscale += jnp.sum(w * _minus(c, center))
     if dbias is not None:
       if x.bias is not None:
         dbias = add(dbias, i, tile_n, jnp.sum(w, axis=1))

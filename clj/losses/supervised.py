@@ -43,14 +43,12 @@ def supcon(
   positives = (sizes - 1).astype(z.dtype)
   # The mean similarity of the positives is what the log-sum-exp is relative to.
   mean = jnp.sum(z * (sums - z), axis=1) / jnp.maximum(positives, 1)
-  number = softmax.positions(len(z), axis_name)
-  values = softmax.log_sum_exp(
-    embedding,
+  values = softmax.log_sum_exp_labels(
     embedding,
     1 / temperature,
-    reference=mean,
-    row_ids=number,
-    col_ids=number,
+    labels=label,
+    positives=positives,
+    reference=lax.stop_gradient(mean),
     axis_name=axis_name,
   )
   values = jnp.where(positives > 0, values, 0)
