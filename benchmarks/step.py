@@ -32,7 +32,7 @@ def clj_step(args):
   import optax
   from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-  from clj import models
+  from clj import models, sharding
 
   # On CPU one device a core: XLA runs many convolutions on one thread of a device.
   jax.config.update("jax_num_cpu_devices", args.threads)
@@ -75,7 +75,8 @@ def clj_step(args):
     return (optax.apply_updates(params, updates), stats, opt_state), loss
 
   state = jax.jit(start, out_shardings=whole)(jax.random.key(0), images)
-  step = jax.jit(step, donate_argnums=0, out_shardings=whole)
+  options = sharding.compiler_options(mesh)
+  step = jax.jit(step, donate_argnums=0, out_shardings=whole, compiler_options=options)
 
   def run():
     nonlocal state

@@ -133,6 +133,7 @@ def build(
     # Without them leaves drift to shardings of the compiler's choice, and step 2
     # compiles again.
     out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=sharding.compiler_options(mesh),
   )
   init = jax.jit(init, out_shardings=shardings)
   return Program(made, augment, init, step, jax.tree.map(struct, state, shardings))

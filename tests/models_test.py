@@ -168,6 +168,10 @@ CONVS = [  # n, side, inputs, outputs, size, stride
   (8, 32, 3, 4, 2, 2),
   (64, 4, 16, 8, 3, 1),
   (7, 8, 16, 8, 3, 1),
+  # Channels for Winograd's form: in several chunks, in one, and with an odd side.
+  (48, 8, 40, 32, 3, 1),
+  (3, 6, 33, 70, 3, 1),
+  (6, 7, 32, 32, 3, 1),
 ]
 
 
@@ -202,9 +206,11 @@ def test_conv_gradients_are_those_of_xla(n, side, inputs, outputs, size, stride,
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("side, inputs, stride, size", [(32, 8, 1, 3), (16, 8, 2, 3)])
+@pytest.mark.parametrize(
+  "side, inputs, outputs, stride", [(32, 8, 4, 1), (16, 8, 4, 2), (8, 32, 36, 1)]
+)
 @pytest.mark.parametrize("mesh_shape", [(8, 1), (2, 2)])
-def test_conv_gradients_on_a_mesh(side, inputs, stride, size, mesh_shape):
+def test_conv_gradients_on_a_mesh(side, inputs, outputs, stride, mesh_shape):
   """Equal to one device's; nothing travels but the sum of the weight gradient."""
   devices = np.array(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape)
   mesh = jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -212,7 +218,7 @@ def test_conv_gradients_on_a_mesh(side, inputs, stride, size, mesh_shape):
   whole = NamedSharding(mesh, PartitionSpec())
   rng = np.random.default_rng(0)
   x = rng.normal(size=(64, side, side, inputs)).astype(np.float32)
-  kernel = rng.normal(size=(size, size, inputs, 4)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, inputs, outputs)).astype(np.float32)
 
   def loss(x, kernel):
     return jnp.sin(conv_lib.conv(x, kernel, stride)).sum()
@@ -233,14 +239,27 @@ def test_conv_gradients_on_a_mesh(side, inputs, stride, size, mesh_shape):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_get_plain_convolutions(platform):
+@pytest.mark.parametrize("channels, stride", [(8, 2), (32, 1)])
+def test_accelerators_get_plain_convolutions(platform, channels, stride):
   """The CPU's formulation (products, a loop) is in none of their programs."""
-  x = jax.ShapeDtypeStruct((64, 32, 32, 8), jnp.float32)
-  kernel = jax.ShapeDtypeStruct((3, 3, 8, 4), jnp.float32)
-  loss = lambda x, kernel: (conv_lib.conv(x, kernel, 2) ** 2).sum()
+  x = jax.ShapeDtypeStruct((64, 32, 32, channels), jnp.float32)
+  kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.float32)
+  loss = lambda x, kernel: (conv_lib.conv(x, kernel, stride) ** 2).sum()
   traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert text.count("stablehlo.convolution") == 3
   assert "stablehlo.dot" not in text and "stablehlo.while" not in text
   cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
   assert "stablehlo.dot" in cpu and "stablehlo.while" in cpu
+
+
+@pytest.mark.parametrize("inputs, stride", [(3, 2), (32, 1)])
+def test_conv_under_vmap(inputs, stride):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3, 4, 8, 8, inputs)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 3, inputs, 32)).astype(np.float32)
+  grads = jax.grad(lambda x, k: jnp.sin(conv_lib.conv(x, k, stride)).sum(), (0, 1))
+  found = jax.jit(jax.vmap(grads))(x, kernel)
+  for i in range(3):
+    for a, b in zip(found, jax.jit(grads)(x[i], kernel[i]), strict=True):
+      np.testing.assert_allclose(a[i], b, rtol=0, atol=3e-6 * np.abs(b).max())
