@@ -188,7 +188,8 @@ def _backward(x, y, arrays, carry):
   belongs to the side that has one. The sums over i are left out where the carry has no
   place for them.
   """
-  tile_n, tile_m = softmax.tile_sizes(x.z.shape[0], y.z.shape[0])
+  n, m, both = x.z.shape[0], y.z.shape[0], carry[1] is not None
+  tile_n, tile_m = softmax.tile_sizes(n, m, both)
 
   def step(carry, ij):
     dx, dy, dscale, dbias = carry
@@ -203,5 +204,5 @@ def _backward(x, y, arrays, carry):
       dy = softmax.add(dy, ij[1], tile_m, softmax.product(w, tile_x.z, ((0,), (0,))))
     return (dx, dy, dscale, dbias), None
 
-  table = softmax.tile_table(x.z.shape[0], y.z.shape[0], tile_n, tile_m)
+  table = softmax.tile_table(n, m, tile_n, tile_m)
   return jax.lax.scan(step, carry, (table[:, 0], table[:, 1]))[0]

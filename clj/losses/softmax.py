@@ -641,9 +641,14 @@ def normalize_vjp(z, d):
 # The tile loops.
 
 
-def tile_sizes(n, m, triangle=False):
-  """A tile of logits takes at most 2 MiB, and its operands fit a cache beside it."""
-  return min(n, 512), min(m, 512 if triangle else 1024)
+def tile_sizes(n, m, both=False, triangle=False):
+  """A tile of logits takes at most 2 MiB, or 4 where it serves both of its sides.
+
+  A triangle of few tiles wastes more on its diagonal, where a tile is its own mirror.
+  """
+  if triangle:
+    return (min(n, 1024 if n >= 4096 else 512),) * 2
+  return min(n, 1024 if both else 512), min(m, 1024)
 
 
 def tile_table(n, m, tile_n, tile_m, triangle=False):
@@ -771,7 +776,7 @@ def _forward(x, y, scale, bounded, rows, cols, triangle=False):
   each pair of tiles is computed once. bounded: True if no logit needs a maximum.
   """
   n, m = x.z.shape[0], y.z.shape[0]
-  tile_n, tile_m = tile_sizes(n, m, triangle)
+  tile_n, tile_m = tile_sizes(n, m, cols is not None, triangle)
 
   def step(carry, ij):
     rows, cols = carry
@@ -824,7 +829,7 @@ def _backward(x, y, carry, *, scale, bounded, center, triangle=False):
   where the carry has no place for them.
   """
   n, m = x.z.shape[0], y.z.shape[0]
-  tile_n, tile_m = tile_sizes(n, m, triangle)
+  tile_n, tile_m = tile_sizes(n, m, carry[1] is not None, triangle)
 
   def probabilities(c, keep, axis, stats, x, y):
     line = lambda a: jnp.expand_dims(a, axis)
