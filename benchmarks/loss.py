@@ -127,7 +127,7 @@ def _floor(again, tile, x, y):
 
 def _floors(again):
   tiles = {"whole": None, "512 x 512": (512, 512), "512 x 1024": (512, 1024)}
-  tiles["256 x 1024"] = (256, 1024)
+  tiles |= {"256 x 1024": (256, 1024), "1024 x 1024": (1024, 1024)}
   return {name: functools.partial(_floor, again, t) for name, t in tiles.items()}
 
 
