@@ -134,7 +134,7 @@ def cifar10_cpu():
   return {
     "seed": 0,
     "batch_size": 256,
-    "total_steps": 1900,
+    "total_steps": 2100,
     "log_every": 20,
     "eval_every": 0,
     "checkpoint_every": 200,
