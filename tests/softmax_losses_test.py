@@ -561,7 +561,7 @@ def _work(name, n, d, grad, branch):
 @pytest.mark.parametrize("branch", [0, 1])  # logits of any size, and bounded ones
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_logit_is_computed_once_a_pass(name, branch):
-  n, d = 4096, 16
+  n, d = 8192, 16
   logits = n * n * d
   forward, _ = _work(name, n, d, False, branch)
   both, largest = _work(name, n, d, True, branch)
@@ -570,7 +570,7 @@ def test_each_logit_is_computed_once_a_pass(name, branch):
     assert both <= 4 * forward
   else:  # the logits twice, and a product for each side's gradient
     assert forward == logits and both == 4 * logits
-  assert largest <= n * n / 16
+  assert largest < n * n / 16
 
 
 def _collectives(name, ring, n=512, d=32):

@@ -130,9 +130,8 @@ def log_sum_exp_labels(z, scale, *, labels, positives, reference, axis_name=None
   """
   plan = _plan("self", False, False, axis_name, False)
   ids = positions(z.shape[0], plan.axis_name)
-  arrays = _Arrays(
-    z, None, scale, reference, None, None, ids, None, labels, _f32(positives)
-  )
+  reference, positives = jax.lax.stop_gradient(reference), _f32(positives)
+  arrays = _Arrays(z, None, scale, reference, None, None, ids, None, labels, positives)
   return _log_sum_exp(plan, arrays)[0]
 
 
@@ -484,8 +483,6 @@ def _local_backward(plan, axes, arrays, kept, g):
     dreference = None
     if arrays.reference is not None:
       dreference = (-scale * g[0]).astype(arrays.reference.dtype)
-    if arrays.labels is not None:
-      dreference = jnp.zeros_like(dreference)
     return _Arrays(
       x=dx.astype(arrays.x.dtype),
       y=None if dy is None else dy.astype(arrays.y.dtype),

@@ -48,7 +48,7 @@ def supcon(
     1 / temperature,
     labels=label,
     positives=positives,
-    reference=lax.stop_gradient(mean),
+    reference=mean,
     axis_name=axis_name,
   )
   values = jnp.where(positives > 0, values, 0)

@@ -48,6 +48,7 @@ def conv(x, kernel, stride):
   default = partial(_conv, stride=stride)
   if not _minimal(x.shape, kernel.shape, stride, x.dtype):
     return default(x, kernel)
+  # A rule for `vmap`, which `custom_partitioning` has none of: one after the other.
   cpu = sequential_vmap(lambda x, kernel: _winograd(x, kernel, False))
   return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
@@ -59,7 +60,6 @@ def _conv_fwd(x, kernel, stride):
 def _conv_bwd(stride, saved, g):
   x, kernel = saved
   size = len(kernel)
-  # A rule for `vmap`, which `custom_partitioning` has none of: one after the other.
   dx_cpu = sequential_vmap(
     lambda kernel, g: _input_gradient_cpu(kernel, g, shape=x.shape, stride=stride)
   )
