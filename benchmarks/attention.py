@@ -37,7 +37,8 @@ def main(argv):
   import jax
   import jax.numpy as jnp
 
-  from clj import models, plan_hlo, sharding
+  from clj import models, sharding
+  from clj.planning import hlo
 
   topology = plan.Topology(plan.TOPOLOGY.value)
   mesh = sharding.make_mesh(devices=topology.devices)
@@ -63,7 +64,7 @@ def main(argv):
         .lower(params, x)
         .compile()
       )
-      cost = plan_hlo.analyse(compiled.as_text())
+      cost = hlo.analyse(compiled.as_text())
       temporaries = compiled.memory_analysis().temp_size_in_bytes
       record = {
         "case": case,

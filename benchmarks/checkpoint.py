@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clj import sharding
-from clj.checkpoint import Checkpoints
+from clj.runs.checkpoint import Checkpoints
 
 
 def main():

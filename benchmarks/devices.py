@@ -21,7 +21,7 @@ def losses(devices: int, directory: str, steps: int) -> dict:
   import jax
 
   from benchmarks.recipe import Recipe
-  from clj.checkpoint import Checkpoints
+  from clj.runs.checkpoint import Checkpoints
   from configs import simclr
 
   recipe = Recipe(simclr.get_config().to_dict())

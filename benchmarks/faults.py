@@ -214,7 +214,7 @@ def compare(directory, reference) -> dict:
   """How a run differs from the undisturbed one; all zero where it does not."""
   import jax
 
-  from clj import checkpoint
+  from clj.runs import checkpoint
 
   def lines(path):
     found = {}
@@ -288,7 +288,7 @@ def draw_moments(words, kills: int, rng) -> list[tuple[int, str, float]]:
 
 def kills(report, root, count: int, number: int, seed: int, arguments, cache):
   """Kills a run of `count` processes `number` times; see the module's text."""
-  from clj.checkpoint import Checkpoints
+  from clj.runs.checkpoint import Checkpoints
 
   reference = Run(root / f"undisturbed{count}", count, arguments, cache)
   if not reference.complete():
@@ -477,9 +477,9 @@ def damage(report, root, arguments, cache, seed: int):
   from jax import dtypes
 
   from benchmarks.recipe import Recipe
-  from clj import workdir
-  from clj.checkpoint import Checkpoints
-  from clj.main import quiet_libraries
+  from clj.cli import quiet_libraries
+  from clj.runs import workdir
+  from clj.runs.checkpoint import Checkpoints
 
   quiet_libraries()
   reference = undisturbed(root, arguments, cache).directory

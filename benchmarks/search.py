@@ -23,8 +23,9 @@ import time
 import numpy as np
 from PIL import Image
 
-from clj import embed, index, search
+from clj import embed, search
 from clj.data.shapes import compositions
+from clj.index import store as index
 
 COUNT = 16384  # pictures
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clj.cli import UserError
+
 Array = jax.Array
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -411,7 +413,7 @@ def _views(
   blurred = _probability("blur", blur["probability"], views)
   solarized = _probability("solarize", solarize["probability"], views)
   if jitter["brightness"] not in ("multiplicative", "additive"):
-    raise ValueError(
+    raise UserError(
       f"jitter brightness {jitter['brightness']!r}: use 'multiplicative' or 'additive'"
     )
   additive = jitter["brightness"] == "additive"
@@ -420,7 +422,7 @@ def _views(
   def augment(rng, images, first_view):
     count, given = images.shape[:2]
     if given not in (1, views):
-      raise ValueError(
+      raise UserError(
         f"{given} views of every image, but views={views}: give 1 or {views}"
       )
     keys = _keys(rng, count, views, first_view)
@@ -440,7 +442,7 @@ def _views(
       x = crop_resize(_to_float(images[:, 0]), boxes, mirrored, size)
     else:
       if (height, width) != (size, size):
-        raise ValueError(
+        raise UserError(
           f"crops of {height}x{width} pixels from the host, but size={size}"
         )
       x = _to_float(jnp.moveaxis(images, -1, -3))
@@ -492,7 +494,7 @@ def _options(name: str, given: dict | None, defaults: dict) -> dict:
     return {**defaults, "probability": 0.0}
   unknown = sorted(set(given) - set(defaults))
   if unknown:
-    raise ValueError(f"{name} has no option {unknown[0]!r}; it has {sorted(defaults)}")
+    raise UserError(f"{name} has no option {unknown[0]!r}; it has {sorted(defaults)}")
   return {**defaults, **given}
 
 
@@ -500,7 +502,7 @@ def _probability(name: str, value, views: int) -> np.ndarray:
   """`[1, views]` from one number or one a view."""
   values = np.atleast_1d(np.asarray(value, np.float32))
   if values.shape not in ((1,), (views,)) or (values < 0).any() or (values > 1).any():
-    raise ValueError(
+    raise UserError(
       f"{name} probability {value}: give one number in [0, 1], or one for each of the "
       f"{views} views"
     )

@@ -2,7 +2,7 @@
 
     python -m clj.embed --workdir=runs/clip-demo --source=folder:/photos --out=index
 
-What comes out is described in `clj.index`. Records are read as a stream and decoded as
+What comes out is described in `clj.index.store`. Records are read as a stream, decoded as
 they come, batches are split over the devices of a process, and every `rows_per_shard`
 records become a part of the index, renamed to its name when it is whole. So the same
 command goes on after any kill, with the parts that are missing, and since no batch
@@ -10,7 +10,6 @@ spans two parts the result is the same bit for bit. A corrupt record is left out
 counted; what stays has its own ids. Of several processes each writes every n-th part.
 """
 
-import argparse
 import dataclasses
 import fcntl
 import functools
@@ -28,11 +27,14 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from clj import augment, evaluate, index, processes, sharding
+from clj import augment, cli, evaluate, sharding
+from clj.cli import UserError
 from clj.data import pipeline, sources
 from clj.data.source import DataError, first_line
+from clj.index import store as index
 from clj.losses import l2_normalize
-from clj.workdir import is_remote
+from clj.runs import processes
+from clj.runs.workdir import is_remote
 
 WHAT = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 _REASONS = 10  # that are kept of a part
@@ -79,16 +81,16 @@ def embed(
   """
   for name, value in (("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
     if value < 1:
-      raise ValueError(f"--{name}={value}: it is 1 or more")
+      raise UserError(f"--{name}={value}: it is 1 or more")
   if format not in index.FORMATS:
-    raise ValueError(f"no format {format!r}; there are: {', '.join(index.FORMATS)}")
+    raise UserError(f"no format {format!r}; there are: {', '.join(index.FORMATS)}")
   if what not in WHAT:
-    raise ValueError(f"--what={what}: there are {', '.join(WHAT)}")
+    raise UserError(f"--what={what}: there are {', '.join(WHAT)}")
   if is_remote(out):
-    raise ValueError(f"{out} is no local directory: write one, and copy it there")
+    raise UserError(f"{out} is no local directory: write one, and copy it there")
   model = evaluate.load(workdir, step)
   if "text" in WHAT[what] and model.tokenize is None:
-    raise ValueError(f"{workdir} has no text tower: use --what=image")
+    raise UserError(f"{workdir} has no text tower: use --what=image")
   data = model.config["data"]
   opened, described = _open(data, source, split, data_dir, fields, caption)
   if "text" in WHAT[what] and not opened.captioned:
@@ -219,7 +221,7 @@ def _claim(out: str, settings: dict) -> index.Index:
   if not there:
     return index.Index(out, settings | {"complete": False}).write_info()
   if "index.json" not in there:
-    raise ValueError(
+    raise UserError(
       f"{out} is no index, and has other files in it ({there[0]}): take another --out"
     )
   made = index.open_index(out)
@@ -227,7 +229,7 @@ def _claim(out: str, settings: dict) -> index.Index:
   changed = [k for k in settings if old[k] != settings[k] and k not in free]
   if changed:
     listed = ", ".join(f"{k} {old[k]!r} -> {settings[k]!r}" for k in changed)
-    raise ValueError(
+    raise UserError(
       f"{out} holds an index with other settings ({listed}); take another --out, or "
       "remove it"
     )
@@ -368,11 +370,34 @@ def _finish(made, name) -> index.Index:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  from clj.main import complain, quiet_libraries, split_cpu, user_errors
+  argv = sys.argv[1:] if argv is None else list(argv)
+  try:
+    arguments = _parse(argv)
+    run = processes.find(
+      arguments.coordinator, arguments.num_processes, arguments.process_id
+    )
+  except UserError as error:
+    return cli.complain(error)
+  cli.quiet_libraries()
+  if run.count > 1 and not processes.is_child():
+    command = [sys.executable, "-m", "clj.embed", *argv]
+    return processes.supervise(command, arguments.heartbeat)
+  try:
+    cli.split_cpu(arguments.batch_size)
+    if run.count > 1:
+      processes.connect(run, arguments.heartbeat)
+      signal.signal(signal.SIGTERM, _stop)  # each by itself: nothing has to be agreed
+    code = _run(arguments)
+  except Exception as error:
+    if run.count > 1 and processes.is_loss(error):
+      processes.leave_lost()
+    code = cli.failed(error)
+  return code if run.count == 1 else processes.leave(code)
 
-  parser = argparse.ArgumentParser(
-    prog="python -m clj.embed",
-    description="Embeds a collection with a trained model, for clj.search.",
+
+def _parse(argv):
+  parser = cli.parser(
+    "clj.embed", "Embeds a collection with a trained model, for clj.search."
   )
   parser.add_argument(
     "--workdir", required=True, help="of the run, or imported weights"
@@ -398,35 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   parser.add_argument("--threads", type=int, help="that decode; default: one a core")
-  parser.add_argument("--coordinator", help="HOST:PORT of process 0, of several")
-  parser.add_argument("--num_processes", type=int)
-  parser.add_argument("--process_id", type=int, help="which one this is, from 0")
-  parser.add_argument("--heartbeat", type=int, default=processes.HEARTBEAT)
-  argv = sys.argv[1:] if argv is None else list(argv)
-  arguments = parser.parse_args(argv)
-  quiet_libraries()
-  try:
-    run = processes.find(
-      arguments.coordinator, arguments.num_processes, arguments.process_id
-    )
-  except ValueError as error:
-    return complain(error)
-  if run.count > 1 and not processes.is_child():
-    command = [sys.executable, "-m", "clj.embed", *argv]
-    return processes.supervise(command, arguments.heartbeat)
-  try:
-    split_cpu(arguments.batch_size)
-    if run.count > 1:
-      processes.connect(run, arguments.heartbeat)
-      signal.signal(signal.SIGTERM, _stop)  # each by itself: nothing has to be agreed
-    code = _run(arguments)
-  except Exception as error:
-    if run.count > 1 and processes.is_loss(error):
-      processes.leave_lost()
-    if not isinstance(error, user_errors()):
-      raise
-    code = complain(error)
-  return code if run.count == 1 else processes.leave(code)
+  cli.add_process_flags(parser)
+  return parser.parse_args(argv)
 
 
 def _stop(*_):

@@ -6,7 +6,6 @@ The training and the test split are embedded once, split over all devices, and e
 evaluation of the config's section `evals` gets the same features.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -20,7 +19,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from clj import augment, checkpoint, log, sharding, workdir
+from clj import augment, cli, sharding
+from clj.cli import UserError
 from clj.data import images, pipeline, sources, text
 from clj.evals import (
   BASELINES,
@@ -34,6 +34,7 @@ from clj.evals import (
 from clj.evals.knn import color_histogram, raw_pixels
 from clj.evals.rows import fetch
 from clj.methods import make_method
+from clj.runs import checkpoint, log, workdir
 
 
 class Stopped(Exception):
@@ -307,10 +308,10 @@ def _plan(label: str, options, data: dict, opened: dict) -> _Plan | None:
   options = dict(options)
   name, own = options.pop("name", label), options.pop("data", None)
   if name not in EVALS:
-    raise ValueError(f"no evaluation {name!r}; there are: {', '.join(EVALS)}")
+    raise UserError(f"no evaluation {name!r}; there are: {', '.join(EVALS)}")
   tokenizer = opened["train"].tokenizer
   if name in NEEDS_TEXT and tokenizer is None:
-    raise ValueError(f"evaluation {label!r} needs texts: the config has no data.text")
+    raise UserError(f"evaluation {label!r} needs texts: the config has no data.text")
   if own:
     data = {**data, **own}
     if name != "retrieval":  # the only one that asks for captions
@@ -484,19 +485,18 @@ def _pixels(picture) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-  from clj.main import complain, quiet_libraries, user_errors
-
-  parser = argparse.ArgumentParser(description="Evaluates a checkpoint of a run.")
+  parser = cli.parser("clj.evaluate", "Evaluates a checkpoint of a run.")
   parser.add_argument("--workdir", required=True, help="of the run")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   parser.add_argument("--evals", help="such as knn,linear_probe; default: the config's")
-  arguments = parser.parse_args(argv)
-  quiet_libraries()
-  try:
+
+  def action():
+    arguments = parser.parse_args(argv)
+    cli.quiet_libraries()
     print(run(arguments.workdir, arguments.step, arguments.evals))
-  except user_errors() as error:
-    return complain(error)
-  return 0
+    return 0
+
+  return cli.guarded(action)
 
 
 def run(directory, step: int | None, names: str | None) -> str:

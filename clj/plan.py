@@ -6,7 +6,7 @@
 The real train step of the config is compiled for every device of the topology, from
 shapes alone; no TPU is needed, only its compiler (pip install libtpu). What one device
 holds, computes, moves in its memory and sends is then read off the compiled program
-(`clj.plan_hlo`) and set against the published peaks of the hardware. The times are
+(`clj.planning.hlo`) and set against the published peaks of the hardware. The times are
 bounds, not forecasts: nothing runs at its peak.
 
 --topology: GENERATION:SHAPE in chips, such as v5e:16x16, v4:4x4x4, or 8xv5e:16x16 for
@@ -26,13 +26,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import app, flags
-
-from clj import main as command
-
-TOPOLOGY = flags.DEFINE_string("topology", "local", "For what; see the module's head.")
-JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of tables.")
-SWEEP = flags.DEFINE_bool("sweep", False, "Weak scaling, 8 to 2,048 chips.")
+from clj import cli
+from clj.cli import UserError
 
 GIB = 2**30
 
@@ -121,12 +116,12 @@ class Topology:
 
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+?):(\d+(?:x\d+)*)", name)
     if not found or found[2] not in TPUS:
-      raise ValueError(
+      raise UserError(
         f"topology {name!r} is not GENERATION:SHAPE with a generation of "
         f"{', '.join(TPUS)}, such as v5e:16x16, v4:4x4x4 or 8xv5e:16x16; or local"
       )
     if importlib.util.find_spec("libtpu") is None:
-      raise ValueError(
+      raise UserError(
         f"compiling for {name} needs the TPU compiler (no TPU): pip install libtpu"
       )
     self.slices, self.generation = int(found[1] or 1), found[2]
@@ -144,7 +139,7 @@ class Topology:
       ).devices
     except Exception as error:
       line = str(error).strip().splitlines()[0]
-      raise ValueError(f"the TPU compiler refuses topology {name}: {line}") from None
+      raise UserError(f"the TPU compiler refuses topology {name}: {line}") from None
     self.hbm = self.chip.hbm * GIB / self.chip.devices
     self.chips = self.slices * math.prod(self.shape)
     self.hosts = len({d.process_index for d in self.devices})
@@ -289,7 +284,7 @@ def examine(config: dict, topology: Topology, step: Step) -> dict:
   """
   import jax
 
-  from clj import plan_hlo
+  from clj.planning import hlo
 
   compiled, mesh, state = step.compiled, step.mesh, step.program.state
   held = lambda tree: sum(
@@ -325,14 +320,14 @@ def examine(config: dict, topology: Topology, step: Step) -> dict:
   total -= size.alias_size_in_bytes
   memory["padding"] = total - sum(memory.values())
   memory["total"] = total
-  cost = plan_hlo.analyse(compiled.as_text())
+  cost = hlo.analyse(compiled.as_text())
   order = list(mesh.devices.flat)
   found |= {
     "fits": total <= topology.hbm,
     "needs": total,
     "flops": cost.flops,
     "hbm_bytes": cost.hbm_bytes,
-    "collectives": plan_hlo.summary(cost.collectives),
+    "collectives": hlo.summary(cost.collectives),
     "loops": [trips for _, trips in cost.loops],
   }
   if topology.chip is None:
@@ -460,7 +455,7 @@ def _span(pair, form="{:.3g}") -> str:
 
 def describe(found: dict, name: str) -> str:
   """A plan as text for people."""
-  from clj import log
+  from clj.runs import log
 
   device = "chip"
   if found["devices"] != found["chips"]:
@@ -571,7 +566,7 @@ def table(plans: list[dict]) -> str:
 def sizes(topology: Topology) -> list[str]:
   """Topologies of one generation from 8 to 2,048 chips."""
   if topology.generation not in TPUS:
-    raise ValueError("--sweep needs a TPU generation, such as --topology=v5p:4x4x4")
+    raise UserError("--sweep needs a TPU generation, such as --topology=v5p:4x4x4")
   chip, name = topology.chip, topology.generation
   shapes = SIZES[chip.links // 2]
   names = [f"{name}:{shape}" for shape in shapes]
@@ -581,64 +576,64 @@ def sizes(topology: Topology) -> list[str]:
   return names
 
 
-def main() -> int:
+def main(argv=None) -> int:
+  argv = sys.argv[1:] if argv is None else list(argv)
   try:
-    app.define_help_flags()
-    unknown = flags.FLAGS(sys.argv)[1:]
-    if unknown:
-      raise ValueError(f"unknown argument {unknown[0]!r}; see --help")
-    if command.CONFIG.value is None:
-      raise ValueError("no config; give --config=configs/NAME.py, such as simclr.py")
-    config = command.CONFIG.value.to_dict()
-    name = flags.FLAGS["config"].config_filename
-    prepare(TOPOLOGY.value, config["batch_size"])
+    return _main(argv)
   except Exception as error:
-    return command.complain(error, debug="--debug" in sys.argv)
-  import jax
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError):
+      error = UserError(cli.one_line(error))
+    return cli.failed(error, "--debug" in argv)
 
+
+def _main(argv) -> int:
+  parser = cli.parser("clj.plan", f"{__doc__}\n{cli.CONFIG_HELP}.")
+  parser.add_argument("--topology", default="local", help="for what; see above")
+  parser.add_argument("--json", action="store_true", help="one JSON object a line")
+  parser.add_argument("--sweep", action="store_true", help="weak scaling, 8 to 2,048")
+  parser.add_argument("--debug", action="store_true", help="tracebacks of all errors")
+  arguments, rest = parser.parse_known_args(argv)
+  config, name = cli.read_config(rest)
+  prepare(arguments.topology, config["batch_size"])
   tell = lambda line: print(line, file=sys.stderr, flush=True)
-  try:
-    names = TOPOLOGY.value.split(",")
-    if SWEEP.value:
-      first = Topology(names[0])
-      rows = config["batch_size"] // len(first.devices)
-      names = sizes(first)
-    plans = []
-    for each in names:
-      topology = Topology(each)
-      if SWEEP.value:  # as many examples in all as the recipe has
-        examples = config["total_steps"] * config["batch_size"]
-        config["batch_size"] = rows * len(topology.devices)
-        config["total_steps"] = max(1, examples // config["batch_size"])
-      tell(f"compiling for {each}, {len(topology.devices)} devices")
-      found = plan(config, topology)
-      plans.append(found)
-      if JSON.value:
-        print(json.dumps({"config": name} | found), flush=True)
-      elif len(names) == 1:
-        print(describe(found, name), flush=True)
-      if not found["fits"] and len(names) == 1:
-        for flag, tried in make_fit(config, topology, tell):
-          if JSON.value:
-            print(json.dumps({"config": name, "change": flag} | tried), flush=True)
-            continue
-          verdict = "fits" if tried["fits"] else "does not fit"
-          needs = size(tried["needs"]) if tried["needs"] else "?"
-          print(f"with {flag}: {verdict}, {needs}", flush=True)
-    if len(names) > 1 and not JSON.value:
-      print(table(plans))
-  except (*command.user_errors(), jax.errors.JaxRuntimeError) as error:
-    if command.DEBUG.value:
-      raise
-    return command.complain(error)
+  names = arguments.topology.split(",")
+  if arguments.sweep:
+    first = Topology(names[0])
+    rows = config["batch_size"] // len(first.devices)
+    names = sizes(first)
+  plans = []
+  for each in names:
+    topology = Topology(each)
+    if arguments.sweep:  # as many examples in all as the recipe has
+      examples = config["total_steps"] * config["batch_size"]
+      config["batch_size"] = rows * len(topology.devices)
+      config["total_steps"] = max(1, examples // config["batch_size"])
+    tell(f"compiling for {each}, {len(topology.devices)} devices")
+    found = plan(config, topology)
+    plans.append(found)
+    if arguments.json:
+      print(json.dumps({"config": name} | found), flush=True)
+    elif len(names) == 1:
+      print(describe(found, name), flush=True)
+    if not found["fits"] and len(names) == 1:
+      for flag, tried in make_fit(config, topology, tell):
+        if arguments.json:
+          print(json.dumps({"config": name, "change": flag} | tried), flush=True)
+          continue
+        verdict = "fits" if tried["fits"] else "does not fit"
+        needs = size(tried["needs"]) if tried["needs"] else "?"
+        print(f"with {flag}: {verdict}, {needs}", flush=True)
+  if len(names) > 1 and not arguments.json:
+    print(table(plans))
   return 0
 
 
 def prepare(topology: str, batch_size: int):
   """Sets the environment that JAX reads when it is imported."""
-  command.quiet_libraries()
+  cli.quiet_libraries()
   if topology == "local":
-    command.split_cpu(batch_size)
+    cli.split_cpu(batch_size)
     return
   os.environ["JAX_PLATFORMS"] = "cpu"  # what is compiled for is not here
   quiet_compiler()

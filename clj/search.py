@@ -7,7 +7,6 @@ memory does not grow with the index. Texts and pictures that are looked for go t
 the model that made the index, and no other.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -20,19 +19,21 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from clj import evaluate, log
+from clj import cli, evaluate
+from clj.cli import UserError
 from clj.data import images, pipeline
 from clj.data.source import DataError, first_line
 from clj.embed import fingerprint, reopen
-from clj.index import MODALITIES, Index, open_index
+from clj.index.store import MODALITIES, Index, open_index
 from clj.losses import l2_normalize
+from clj.runs import log
 
 TILE, LINES, FONT = 160, 3, 12  # pixels; lines of a title, its height in pixels
 SHOWN = 50  # neighbours in the grid, at most
 
 
 class Hit(NamedTuple):
-  """A neighbour: its cosine, and its row of the index, see `clj.index`."""
+  """A neighbour: its cosine, and its row of the index, see `clj.index.store`."""
 
   score: float
   row: dict
@@ -91,7 +92,7 @@ def _spans(index, among):
   else:
     spans = [(p, images[p], images[p] + texts[p]) for p in parts]
   if not (spans := [span for span in spans if span[1] < span[2]]):
-    raise ValueError(
+    raise UserError(
       f"{index.directory} has no embedding of {among} in the {len(parts)} files there"
     )
   return spans
@@ -107,7 +108,7 @@ def embed_queries(
   found = []
   if texts:
     if model.tokenize is None:
-      raise ValueError(f"{index.info['workdir']} has no text tower: search by --image")
+      raise UserError(f"{index.info['workdir']} has no text tower: search by --image")
     z = model.embed(model.params, model.extra, model.tokenize(texts))["text"]
     found.append(z)
   if pictures:
@@ -129,18 +130,16 @@ def open_model(index: Index, workdir: str | None = None) -> evaluate.Loaded:
     model = evaluate.load(where, info["step"])
   except ValueError as error:
     if workdir is None:
-      raise ValueError(f"{first_line(error)}; if it has moved, say --workdir") from None
+      raise UserError(f"{first_line(error)}; if it has moved, say --workdir") from None
     raise
   if fingerprint(model) != info["weights"]:
-    raise ValueError(
+    raise UserError(
       f"{index.directory} was made by other weights than those of {where}, step "
       f"{info['step']}: embed the collection again"
     )
   tokenizer = model.tokenizer and model.tokenizer.fingerprint
   if tokenizer != info["tokenizer"]:
-    raise ValueError(
-      f"{index.directory} was made with another tokenizer than {where}'s"
-    )
+    raise UserError(f"{index.directory} was made with another tokenizer than {where}'s")
   return model
 
 
@@ -157,12 +156,12 @@ class Pictures:
         return images.decode(epath.Path(row["path"]).read_bytes())
       self._source = self._source or reopen(self._info)
       if len(self._source) != self._info["records"]:
-        raise ValueError(f"{self._source.name} has changed since it was embedded")
+        raise UserError(f"{self._source.name} has changed since it was embedded")
       (record,) = pipeline.read_records(self._source, [row["record"]])
       if isinstance(record, Exception):
         raise record
       if record["id"] != row["id"]:
-        raise ValueError(f"{self._source.name} has changed since it was embedded")
+        raise UserError(f"{self._source.name} has changed since it was embedded")
       picture = record["image"]
       return picture if isinstance(picture, np.ndarray) else images.decode(picture)
     except (ValueError, OSError) as error:
@@ -222,11 +221,7 @@ def _wrap(text, font, width, lines):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  from clj.main import complain, quiet_libraries, user_errors
-
-  parser = argparse.ArgumentParser(
-    prog="python -m clj.search", description="Finds the nearest pictures in an index."
-  )
+  parser = cli.parser("clj.search", "Finds the nearest pictures in an index.")
   parser.add_argument("--index", default="index", help="what clj.embed wrote")
   parser.add_argument("--text", action="append", default=[], help="may be repeated")
   parser.add_argument("--image", action="append", default=[], help="a file; likewise")
@@ -235,25 +230,26 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--json", action="store_true", help="instead of a table")
   parser.add_argument("--among", choices=MODALITIES, help="embeddings to look at")
   parser.add_argument("--workdir", help="of the model, if it has moved")
-  arguments = parser.parse_args(argv)
-  quiet_libraries()
-  try:
+
+  def action():
+    arguments = parser.parse_args(argv)
+    cli.quiet_libraries()
     return _run(arguments)
-  except user_errors() as error:
-    return complain(error)
+
+  return cli.guarded(action)
 
 
 def _run(arguments) -> int:
   if not arguments.text and not arguments.image:
-    raise ValueError("nothing to look for: give --text or --image")
+    raise UserError("nothing to look for: give --text or --image")
   if any(not text.strip() for text in arguments.text):
-    raise ValueError("--text is empty: say what to look for")
+    raise UserError("--text is empty: say what to look for")
   if arguments.k < 1:
-    raise ValueError(f"--k={arguments.k}: it is 1 or more")
+    raise UserError(f"--k={arguments.k}: it is 1 or more")
   index = open_index(arguments.index)
   there, parts = len(index.there()), index.info["parts"]
   if not there:
-    raise ValueError(
+    raise UserError(
       f"{arguments.index} is incomplete, with none of {parts} files: start the same "
       "clj.embed again"
     )
@@ -277,7 +273,7 @@ def _run(arguments) -> int:
     try:
       grid.save(arguments.out)
     except ValueError as error:  # an unknown suffix
-      raise ValueError(f"--out={arguments.out}: {first_line(error)}") from None
+      raise UserError(f"--out={arguments.out}: {first_line(error)}") from None
     if read.fault:
       print(f"clj: a picture is missing: {read.fault}", file=sys.stderr)
   if arguments.json:

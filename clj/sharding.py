@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from clj.cli import UserError
+
 AXES = ("data", "fsdp")
 SMALL = 4 * 2**20  # bytes; splitting less than this costs more latency than it saves
 
@@ -27,21 +29,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
   free = [axis for axis, size in shape.items() if size == -1]
   known = math.prod(size for size in shape.values() if size != -1)
   if len(free) > 1 or known < 1 or len(devices) % known:
-    raise ValueError(
+    raise UserError(
       f"mesh data={data} fsdp={fsdp} does not divide {len(devices)} devices; "
       "use sizes whose product is that number, -1 for the rest"
     )
   for axis in free:
     shape[axis] = len(devices) // known
   if math.prod(shape.values()) != len(devices):
-    raise ValueError(
+    raise UserError(
       f"mesh data={data} fsdp={fsdp} is for {math.prod(shape.values())} devices, "
       f"here are {len(devices)}; use data=-1 for all that remain"
     )
   where = lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id)
   slices = len({where(d)[0] for d in devices})
   if shape["data"] % slices:
-    raise ValueError(f"mesh data={shape['data']} does not divide over {slices} slices")
+    raise UserError(f"mesh data={shape['data']} does not divide over {slices} slices")
   # By process, so that each feeds one range of rows; on TPUs the chips of a host are
   # neighbours, and so are hosts that follow each other.
   grid = np.array(sorted(devices, key=where)).reshape(shape["data"], shape["fsdp"])
@@ -183,7 +185,7 @@ def check_batch_size(batch_size: int, mesh: Mesh):
   if batch_size < 1 or batch_size % mesh.size:
     down, up = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size)
     near = max(down, mesh.size), max(up, 1) * mesh.size
-    raise ValueError(
+    raise UserError(
       f"batch_size {batch_size} does not divide over {mesh.size} devices; "
       f"use {near[0]}" + (f" or {near[1]}" if near[1] != near[0] else "")
     )
@@ -195,7 +197,7 @@ def process_rows(batch_size: int, mesh: Mesh) -> tuple[int, int]:
   bounds = sorted((i.start or 0, i.stop or batch_size) for (i,) in indices.values())
   for (_, stop), (start, _) in zip(bounds, bounds[1:]):
     if stop != start:
-      raise ValueError(
+      raise UserError(
         f"this process owns the separate rows {bounds} of a batch; order the mesh's "
         "devices by process"
       )

@@ -19,14 +19,16 @@ import optax
 from etils import epath
 
 from clj import augment as augmentation
-from clj import checkpoint, log, processes, sharding, workdir
 from clj import optim as optimisers
+from clj import sharding
+from clj.cli import UserError
 from clj.data import pipeline, sources, text
 from clj.evaluate import best_metric, make_evaluate, summary
-from clj.init_from import config_of
-from clj.init_from import init_from as start_from
 from clj.method import Method
 from clj.methods import make_method
+from clj.runs import checkpoint, log, processes, workdir
+from clj.runs.init_from import config_of
+from clj.runs.init_from import init_from as start_from
 
 COMPLETE, STOPPED = 0, processes.AGAIN
 
@@ -106,7 +108,7 @@ def build(
   """
   made, augment = make_method(method, model), make_augment(data)
   if missing := [key for key in made.needs if key not in batch]:
-    raise ValueError(
+    raise UserError(
       f"method {method['name']!r} needs {', '.join(missing)} in its batches; "
       f"{data['source']!r} gives {', '.join(batch)}"
     )
@@ -169,7 +171,7 @@ def train(
   config = {k: v for k, v in locals().items() if k != "directory"}
   for key in ("batch_size", "total_steps", "log_every"):
     if config[key] < 1:
-      raise ValueError(f"{key} is {config[key]}; it must be at least 1")
+      raise UserError(f"{key} is {config[key]}; it must be at least 1")
   grid = sharding.of_config(mesh)
   sharding.check_batch_size(batch_size, grid)
   workdir.check_config(directory, config)
@@ -200,7 +202,7 @@ def train(
     print(text.describe(tokenizer, source.truncated), flush=True)
   classes = len(source.class_names or ())
   if 0 < method.get("probe_classes", 0) < classes:
-    raise ValueError(
+    raise UserError(
       f"method.probe_classes is {method['probe_classes']}, but {data['source']!r} has "
       f"{classes} classes; set it to that, or to 0"
     )
@@ -383,7 +385,7 @@ def _check_vocabulary(tokenizer, params):
   """An id beyond the text tower's table would show as a loss that is not finite."""
   table = params.get("text", {}).get("token")
   if table is not None and table.shape[0] < tokenizer.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"model.text.vocab is {table.shape[0]}, but the tokenizer has "
       f"{tokenizer.vocab_size} ids; set it to that, or lower data.text.vocab_size"
     )
@@ -397,7 +399,7 @@ def _check_initial_text(path, tokenizer, fresh, state):
   if table(state) is table(fresh) or not (root / "tokenizer").exists():
     return
   if not text.load(root / "tokenizer").same_ids(tokenizer):
-    raise ValueError(
+    raise UserError(
       f"init_from {path}: its text tower was trained with another vocabulary; set "
       f"data.text.tokenizer={root / 'tokenizer'}, or leave it out by init_rename"
     )
@@ -422,7 +424,7 @@ def _profile_steps(profile: str) -> tuple[int, int]:
     if not 0 <= first < last:
       raise ValueError
   except ValueError:
-    raise ValueError(
+    raise UserError(
       f"profile is {profile!r}; it must be FIRST:LAST, such as 10:15"
     ) from None
   return first, last

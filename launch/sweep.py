@@ -126,7 +126,7 @@ def results(run: Run) -> tuple[bool, dict[str, float]]:
 
   Baselines, which are evaluated once at the start, are not among them.
   """
-  from clj import log, workdir
+  from clj.runs import log, workdir
 
   lines = log.read_metrics(run.workdir)
   if not lines:
@@ -148,7 +148,7 @@ def results(run: Run) -> tuple[bool, dict[str, float]]:
 
 def table(runs: list[Run], wanted: str) -> str:
   """Mean, sample deviation and values over the seeds of each combination."""
-  from clj import log
+  from clj.runs import log
 
   groups: dict[tuple, dict[str, list[float]]] = {}
   missing = []

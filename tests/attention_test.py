@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from clj import models, plan_hlo, sharding
+from clj import models, sharding
 from clj.models import attention
+from clj.planning import hlo
 from tests import tpu
 
 
@@ -100,7 +101,7 @@ def test_a_tpu_step_holds_the_kernel_and_gathers_nothing():
       step = jax.jit(jax.grad(loss), out_shardings=whole, in_shardings=(whole, None))
       text = step.lower(params, absent(mesh, images)).compile().as_text()
   assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
-  assert {c.kind for c in plan_hlo.analyse(text).collectives} == {"all-reduce"}
+  assert {c.kind for c in hlo.analyse(text).collectives} == {"all-reduce"}
 
 
 def test_work_of_the_tpu_kernel_is_counted():
@@ -114,7 +115,7 @@ def test_work_of_the_tpu_kernel_is_counted():
     mesh = sharding.make_mesh(devices=named("v5e:2x2").devices)
     with jax.set_mesh(mesh):
       step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*absent(mesh, (q, k, v)))
-      cost = plan_hlo.analyse(step.compile().as_text())
+      cost = hlo.analyse(step.compile().as_text())
   assert not cost.collectives
   assert cost.flops == 2 * (2 + 5) * 2 * 2 * 72 * 256**2
 

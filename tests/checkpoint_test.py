@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from clj import sharding
-from clj.checkpoint import CheckpointError, Checkpoints
+from clj.runs.checkpoint import CheckpointError, Checkpoints
 
 
 def make_state(value, devices=8):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clj import init_from, losses, sharding, train
+from clj import losses, sharding, train
 from clj.methods import clip
+from clj.runs import init_from
 
 B, L = 16, 8
 IMAGE = {"name": "vit_test", "depth": 1}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clj import checkpoint, log, workdir
 from clj.data import ingest, sources
 from clj.evaluate import load
+from clj.runs import checkpoint, log, workdir
 from clj.train import train
 from configs import simclr
 from tests import fake_gcs

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import clj
-from clj import augment, evaluate, log, optim
+from clj import augment, evaluate, optim
 from clj.methods import make_method
+from clj.runs import log
 from clj.train import make_augment, train
 
 CONFIGS = sorted(

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from clj import init_from, log, sharding
+from clj import sharding
 from clj.method import Aux, Method, keep
+from clj.runs import init_from, log
 from clj.train import TrainState, make_train_step
 
 B, D = 16, 8

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import clj
 from clj import interop, losses, models
-from clj.init_from import init_from
 from clj.interop import architecture, convert, files, layouts
+from clj.runs.init_from import init_from
 from clj.train import TrainState
 
 FIXTURE = json.loads(make_interop.FIXTURE.read_text())
@@ -208,7 +208,8 @@ def test_layers_are_stacked_and_split(tmp_path):
 
 
 def test_layers_of_another_checkpoint_on_a_mesh(tmp_path):
-  from clj import checkpoint, sharding, workdir
+  from clj import sharding
+  from clj.runs import checkpoint, workdir
 
   def state_of(scan, seed):
     text = models.text("text_test", scan=scan)

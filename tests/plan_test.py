@@ -15,14 +15,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clj import losses, models, plan, plan_hlo, sharding
+from clj import losses, models, plan, sharding
 from clj.models import conv as conv_lib
+from clj.planning import hlo
 from configs import simclr
 from tests import tpu
 
 
 def on_cpu(function, *arguments):
-  return plan_hlo.analyse(jax.jit(function).lower(*arguments).compile().as_text())
+  return hlo.analyse(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 def on_tpu(function, *arguments, topology="v5e:2x4", fsdp=1):
@@ -35,7 +36,7 @@ def on_tpu(function, *arguments, topology="v5e:2x4", fsdp=1):
     ]
     with jax.set_mesh(mesh):
       compiled = jax.jit(function).lower(*arguments).compile()
-  return plan_hlo.analyse(compiled.as_text())
+  return hlo.analyse(compiled.as_text())
 
 
 # Counting.
@@ -43,12 +44,12 @@ def on_tpu(function, *arguments, topology="v5e:2x4", fsdp=1):
 
 def test_bytes_of_shapes():
   text = "(f32[7,5]{1,0:T(8,128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[3]{0}, s4[6])"
-  f32, bf16, flags, nibbles = plan_hlo.arrays(text)
+  f32, bf16, flags, nibbles = hlo.arrays(text)
   assert [a.bytes for a in (f32, bf16, flags, nibbles)] == [140, 12, 3, 3]
   assert f32.hbm_bytes == 8 * 128 * 4  # tiles of 8 x 128 are stored whole
   assert bf16.hbm_bytes == 0  # in the chip's own memory
-  assert plan_hlo.arrays("f32[]{:T(128)}")[0].hbm_bytes == 4
-  column_major = plan_hlo.arrays("f32[300,4]{0,1:T(8,128)}")[0]
+  assert hlo.arrays("f32[]{:T(128)}")[0].hbm_bytes == 4
+  column_major = hlo.arrays("f32[300,4]{0,1:T(8,128)}")[0]
   assert column_major.hbm_bytes == 384 * 8 * 4
 
 
@@ -126,7 +127,7 @@ ENTRY %main (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
 }
 """  # noqa: E501
   products = brute_force((2, 8, 8, 3), (3, 3, 3, 5), 1, 1, 1)
-  assert plan_hlo.analyse(text).flops == 2 * 8 * 16 * 4 + 2 * products
+  assert hlo.analyse(text).flops == 2 * 8 * 16 * 4 + 2 * products
 
 
 def test_a_slice_counts_as_a_slice_however_deep_it_is_taken():
@@ -149,7 +150,7 @@ ENTRY %main (a: f32[1024,128], k: s32[]) -> f32[8,128] {
   ROOT %r = f32[8,128]{1,0:T(8,128)} fusion(%a, %k), kind=kOutput, calls=%outer
 }
 """  # noqa: E501
-  assert plan_hlo.analyse(text).hbm_bytes == 2 * 8 * 128 * 4 + 4  # read, written, index
+  assert hlo.analyse(text).hbm_bytes == 2 * 8 * 128 * 4 + 4  # read, written, index
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,7 @@ ENTRY %main (a: f32[1024,128], k: s32[]) -> f32[8,128] {
   ],
 )
 def test_groups_of_collectives(groups, first):
-  assert (
-    plan_hlo._group(f", channel_id=1, {groups}, use_global_device_ids=true") == first
-  )
+  assert hlo._group(f", channel_id=1, {groups}, use_global_device_ids=true") == first
 
 
 def layers(ws, x, scan):
@@ -312,7 +311,7 @@ def test_the_plan_of_a_cpu_comes_from_its_own_compiler():
 
 
 def ring(kind, size, group, count=1):
-  return plan_hlo.Collective(kind, size, group, tuple(range(group)), count, "")
+  return hlo.Collective(kind, size, group, tuple(range(group)), count, "")
 
 
 def test_time_on_the_interconnect():
@@ -457,7 +456,7 @@ def test_flops_of_vit_b16_on_a_tpu():
     forward = lambda p, x: encoder.apply(p, stats, x, train=True)[0]
     with jax.set_mesh(mesh):
       lowered = jax.jit(forward).lower(params, place(x, P(("data", "fsdp"))))
-      cost = plan_hlo.analyse(lowered.compile().as_text())
+      cost = hlo.analyse(lowered.compile().as_text())
   layer = tokens * 12 * width**2 + 2 * tokens**2 * width
   products = (tokens - 1) * width * 16 * 16 * 3 + depth * layer
   assert products == pytest.approx(17.6e9, rel=0.005)

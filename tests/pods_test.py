@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from clj import checkpoint, log, processes
+from clj.runs import checkpoint, log, processes
 from clj.train import train
 from configs import simclr
 from tests import pods_worker
@@ -351,7 +351,7 @@ while True:
 
 def supervised(*words):
   """A parent whose child says `words` and then nothing but that it is alive."""
-  code = "import sys; from clj import processes\n"
+  code = "import sys; from clj.runs import processes\n"
   code += "sys.exit(processes.supervise([sys.executable, '-c', *sys.argv[1:]], 1))"
   return start(["-c", code, CHILD, *words], 0)
 

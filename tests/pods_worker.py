@@ -11,9 +11,10 @@ import sys
 import jax
 import numpy as np
 
-from clj import checkpoint, processes, sharding, train, workdir
+from clj import sharding, train
 from clj.data import pipeline, sources
 from clj.evaluate import make_evaluate
+from clj.runs import checkpoint, processes, workdir
 
 
 def probe(directory, steps, mesh_sizes=None):

@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 import clj
-from clj import checkpoint, embed, index, search, workdir
+from clj import embed, search
 from clj.data import ingest, sources, text
 from clj.data.shapes import compositions
+from clj.index import store as index
 from clj.losses import l2_normalize
 from clj.methods import make_method
+from clj.runs import checkpoint, workdir
 from configs import clip, simclr
 
 PICTURES = 21
@@ -456,7 +458,7 @@ def test_several_processes_write_the_same_files(run, photos, tmp_path):
 def test_the_environment_says_how_many_devices(said):
   """The CPU is split where nothing is said, and only there."""
   code = (
-    "import jax; from clj.main import cpu_devices, split_cpu; split_cpu(64); "
+    "import jax; from clj.cli import cpu_devices, split_cpu; split_cpu(64); "
     "print(len(jax.devices()) == (EXPECTED or cpu_devices(64)))"
   ).replace("EXPECTED", "3" if said else "0")
   environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}

@@ -9,8 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from clj import models, plan, plan_hlo, sharding, train
+from clj import models, plan, sharding, train
 from clj.method import Aux, Method, keep
+from clj.planning import hlo
 from configs import simclr
 from tests import tpu
 
@@ -105,7 +106,7 @@ def test_collectives_of_a_tpu_step_are_what_the_rules_imply(fsdp):
   assert arguments == pytest.approx(expected, rel=0.01)
 
   found, gathers = {}, []
-  for one in plan_hlo.analyse(step.as_text()).collectives:
+  for one in hlo.analyse(step.as_text()).collectives:
     if one.bytes > 1024:  # not metrics, which are scalars
       key = one.kind, one.group
       found[key] = found.get(key, 0) + one.count * one.bytes
@@ -223,7 +224,7 @@ def test_a_scanned_stack_is_gathered_a_layer_at_a_time(monkeypatch):
     mesh = sharding.make_mesh(data=-1, fsdp=4, devices=topology("v5e:2x4").devices)
     method = transformer(**VIT | {"depth": depth, "width": width})
     _, step = compiled(method, mesh, rows=64)
-  cost = plan_hlo.analyse(step.as_text())
+  cost = hlo.analyse(step.as_text())
   kernels = 12 * width**2  # four of attention, two of the perceptron
   gathers = [one for one in cost.collectives if one.kind == "all-gather"]
   layers = [one for one in gathers if "/while/" in one.place]

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clj import checkpoint, log, workdir
 from clj import train as train_module
 from clj.data import text
+from clj.runs import checkpoint, log, workdir
 from clj.train import train
 from configs import simclr
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from clj.cli import UserError
 from clj.data.source import DataError, Source, first_line, keys_of, split_parts
 
 IMAGE_SUFFIXES = (
@@ -227,11 +228,11 @@ class Columns(NamedTuple):
       image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
       if re.match(r"https?://", image):
-        raise ValueError(f"{image} is not a file; img2dataset downloads such tables")
+        raise UserError(f"{image} is not a file; img2dataset downloads such tables")
       place = {"id": image, "path": os.path.join(self.folder, image)}
       image = _bytes(place["path"])
     if not image:
-      raise ValueError("it has no picture")
+      raise UserError("it has no picture")
     record = {"image": image, "label": self.number.get(row.get("label"), -1), **place}
     if "caption" in self.names:
       said = row["caption"]
@@ -439,7 +440,7 @@ def sample_record(members: dict[str, bytes], fields: dict[str, str | None]) -> d
     if f".{extension.rsplit('.')[-1]}" in IMAGE_SUFFIXES and "image" not in record:
       record["image"] = members[extension]
   if "image" not in record:
-    raise ValueError("it has no picture")
+    raise UserError("it has no picture")
   record["label"] = int(members.get("cls", -1))
   if (field := fields["caption"]) is not None:
     said = described.get(field)
@@ -469,7 +470,7 @@ def open_shards(name, split, fields, class_names) -> Source:
       shard, key, members = places[i]
       try:
         if isinstance(members, str):
-          raise ValueError(members)
+          raise UserError(members)
         record = sample_record(_content(shards[shard], members), fields)
         records.append(record | {"id": f"{os.path.basename(shards[shard])}:{key}"})
       except (OSError, ValueError) as error:

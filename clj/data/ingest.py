@@ -35,6 +35,7 @@ from typing import NamedTuple
 from etils import epath
 from PIL import Image
 
+from clj.cli import UserError
 from clj.data import files, images
 from clj.data.source import DataError, first_line
 
@@ -301,7 +302,7 @@ def _shard_records(path, fields):
       for sample in files.samples(shard):
         try:
           if sample.error:
-            raise ValueError(sample.error)
+            raise UserError(sample.error)
           content = {x: shard.extractfile(m).read() for x, m in sample.members.items()}
           record = files.sample_record(content, fields)
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
@@ -319,7 +320,7 @@ def _entry(record, key) -> Entry | Exception:
     check_picture(record["image"])
     captions = record.get("caption")
     if captions is not None and not captions:
-      raise ValueError("it has no caption")
+      raise UserError("it has no caption")
   except Exception as error:
     return ValueError(f"{key}: {first_line(error)}")
   from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
@@ -345,11 +346,11 @@ def check_picture(data: bytes) -> None:
     with Image.open(io.BytesIO(data)) as image:
       width, height = image.size
   except Image.DecompressionBombError:
-    raise ValueError("refused: over 50 megapixels") from None
+    raise UserError("refused: over 50 megapixels") from None
   except Exception:
     width = height = 0  # OpenCV may know it; what nobody knows, `decode` explains
   if width * height > MAX_PIXELS:
-    raise ValueError(f"refused: {width} x {height} pixels, over 50 megapixels")
+    raise UserError(f"refused: {width} x {height} pixels, over 50 megapixels")
   images.decode(data)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from clj.cli import UserError
 from clj.data import images
 from clj.data.order import mix, order
 from clj.data.source import Source, decode
@@ -238,7 +239,7 @@ def _all_captions(source):
 def _rows(rows, batch_size):
   first, stop = (0, batch_size) if rows is None else rows
   if not 0 <= first < stop <= batch_size:
-    raise ValueError(f"rows {rows} do not lie in a batch of {batch_size}")
+    raise UserError(f"rows {rows} do not lie in a batch of {batch_size}")
   return first, stop
 
 

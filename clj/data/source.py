@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clj.cli import UserError
 from clj.data import images
 from clj.data.order import order
 from clj.data.text import Tokenizer
 
 
-class DataError(ValueError):
+class DataError(UserError):
   """What only the user can mend; the message is one line with the way out."""
 
 
@@ -205,7 +206,7 @@ def decode(source: Source, record) -> np.ndarray:
   if isinstance(record, Exception):
     raise record
   if source.captioned and not record["caption"]:
-    raise ValueError("it has no caption")
+    raise UserError("it has no caption")
   return images.decode(record["image"])
 
 

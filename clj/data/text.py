@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from etils import epath
 
+from clj.cli import UserError
+
 LEARNED = ("words", "bpe")
 # The words of CLIP (Radford et al. 2021): contractions, letters, single digits, others.
 _CLIP_WORDS = (
@@ -81,12 +83,12 @@ class Tokenizer:
 
   def __post_init__(self):
     if self.clean not in CLEAN:
-      raise ValueError(
+      raise UserError(
         f"data.text.clean is {self.clean!r}; there are: {', '.join(CLEAN)}"
       )
     least = len(self.start) + len(self.end) + 1
     if self.length < least:
-      raise ValueError(
+      raise UserError(
         f"data.text.length is {self.length}; start, end and one token need {least}"
       )
 
@@ -176,12 +178,12 @@ def load(directory) -> Tokenizer:
   """
   directory = epath.Path(directory)
   if not (directory / "settings.json").exists():
-    raise ValueError(f"there is no tokenizer in {directory} (no settings.json)")
+    raise UserError(f"there is no tokenizer in {directory} (no settings.json)")
   settings = json.loads((directory / "settings.json").read_text())
   file = directory / _file(settings["kind"])
   vocabulary = file.read_bytes() if file.exists() else b""
   if hashlib.sha256(vocabulary).hexdigest() != settings.pop("sha256"):
-    raise ValueError(
+    raise UserError(
       f"{file} is not the vocabulary that {directory} was written with: put it back"
     )
   settings |= {key: tuple(settings[key]) for key in ("start", "end")}
@@ -216,7 +218,7 @@ def open_tokenizer(
   """
   if tokenizer in LEARNED:
     if captions is None:
-      raise ValueError(f"tokenizer {tokenizer!r} is learned: it needs captions")
+      raise UserError(f"tokenizer {tokenizer!r} is learned: it needs captions")
     clean = clean or "clip"
     words = (CLEAN.get(clean, str)(caption) for caption in captions())
     vocabulary, start, end = _learn(tokenizer, words, vocab_size or _SIZES[tokenizer])
@@ -227,7 +229,7 @@ def open_tokenizer(
     given = {key: value for key, value in given.items() if value is not None}
     return dataclasses.replace(load(path), **given)
   if not path.exists():
-    raise ValueError(
+    raise UserError(
       f"there is no tokenizer {tokenizer!r}; data.text.tokenizer is"
       f" {' or '.join(map(repr, LEARNED))} (learned from the captions), or a file:"
       " bpe_simple_vocab*.txt.gz, *.json or *.model"
@@ -252,7 +254,7 @@ def open_tokenizer(
 def _same(saved, **wanted):
   for key, value in wanted.items():
     if value is not None and value != getattr(saved, key):
-      raise ValueError(
+      raise UserError(
         f"data.text.{key} is {value!r}, but the tokenizer was saved with"
         f" {getattr(saved, key)!r}; its ids would mean something else"
       )
@@ -304,14 +306,14 @@ def check(saved: Tokenizer, section: dict) -> Tokenizer:
   kind = next((k for end, k in kinds.items() if name.endswith(end)), None)
   kind = name if name in LEARNED else kind
   if kind not in (None, saved.kind):
-    raise ValueError(
+    raise UserError(
       f"data.text.tokenizer is {name!r}, but the run was trained with another kind of"
       f" vocabulary, {saved.kind!r}"
     )
   if name not in LEARNED and epath.Path(name).expanduser().exists():
     now = open_tokenizer(**{k: v for k, v in section.items() if k != "field"})
     if now.fingerprint != saved.fingerprint:
-      raise ValueError(
+      raise UserError(
         f"the vocabulary in {name} is not the one that the run was trained with"
       )
   return saved
@@ -323,7 +325,7 @@ def check_fingerprint(tokenizer: Tokenizer | None, saved: str | None, where) -> 
   saved: its fingerprint there; None: of a checkpoint without text.
   """
   if tokenizer is not None and saved is not None and tokenizer.fingerprint != saved:
-    raise ValueError(
+    raise UserError(
       f"{where}: its tokenizer is not the one that the checkpoint was trained with;"
       " its ids would mean something else: put the directory tokenizer back"
     )
@@ -335,20 +337,20 @@ def _load(kind, data, path="the saved vocabulary"):
     try:
       import sentencepiece
     except ImportError:
-      raise ValueError(
+      raise UserError(
         f"{path} is a SentencePiece model, which needs: pip install sentencepiece"
       ) from None
     try:
       return sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-      raise ValueError(f"{path} is no SentencePiece model ({error})") from None
+      raise UserError(f"{path} is no SentencePiece model ({error})") from None
   import tokenizers
 
   try:
     model = tokenizers.Tokenizer.from_str(data.decode())
   except Exception as error:
     reason = str(error).splitlines()[0]
-    raise ValueError(f"{path} is no tokenizer.json ({reason})") from None
+    raise UserError(f"{path} is no tokenizer.json ({reason})") from None
   model.no_truncation()
   model.no_padding()
   return model
@@ -369,7 +371,7 @@ def _learn(kind, captions, vocab_size):
     model.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 3:
-      raise ValueError(
+      raise UserError(
         f"data.text.vocab_size is {vocab_size}; byte-level BPE has {len(alphabet) + 3}"
         " at least"
       )
@@ -393,9 +395,9 @@ def _clip_vocabulary(data, path):
     lines = lines.decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]
     if len(merges) < _CLIP_MERGES or {len(pair) for pair in merges} != {2}:
-      raise ValueError(f"{len(merges)} merges, not {_CLIP_MERGES}")
+      raise UserError(f"{len(merges)} merges, not {_CLIP_MERGES}")
   except (ValueError, OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"{path} is not CLIP's bpe_simple_vocab ({error})") from None
+    raise UserError(f"{path} is not CLIP's bpe_simple_vocab ({error})") from None
   symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point, as CLIP's
   symbols += [symbol + "</w>" for symbol in symbols]
   symbols += ["".join(pair) for pair in merges]
@@ -433,5 +435,5 @@ def _pad_of(model, path):
     return padding["pad_id"]
   pad = next((i for i in found if i is not None), None)
   if pad is None:
-    raise ValueError(f"{path} names no padding token; set data.text.pad_id")
+    raise UserError(f"{path} names no padding token; set data.text.pad_id")
   return pad

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from clj.cli import UserError
 from clj.evals.rows import check_rows, context_mesh, shard_rows
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -65,12 +66,12 @@ def linear_probe(
   check_rows("train", train_features, train_labels)
   check_rows("test", test_features, test_labels)
   if train_features.shape[1] != test_features.shape[1]:
-    raise ValueError(
+    raise UserError(
       f"features of shape {train_features.shape} and {test_features.shape}: "
       "train and test must have one width"
     )
   if not 0 < held_out < 1 or epochs < 1 or not learning_rates:
-    raise ValueError(
+    raise UserError(
       f"held_out={held_out}, epochs={epochs}, learning_rates={learning_rates}: "
       "a share in (0, 1), at least one epoch, at least one rate"
     )
@@ -96,7 +97,7 @@ def linear_probe(
   )
   for name in ("train", "held_out", "test"):
     if not found[f"{name}_rows"]:
-      raise ValueError(f"no labelled row among the {name} features")
+      raise UserError(f"no labelled row among the {name} features")
   held_out_top1 = found["held_out"] / found["held_out_rows"]
   top1 = found["test"] / found["test_rows"]
   best = int(np.argmax(held_out_top1))

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from clj.cli import UserError
+
 
 def context_mesh() -> Mesh:
   """The mesh of the context (`jax.set_mesh`), or one of a single device."""
@@ -47,7 +49,7 @@ def fetch(x: jax.Array) -> np.ndarray:
 def check_rows(name: str, features, labels):
   """Refuses features and labels that do not belong together."""
   if features.ndim != 2 or labels.shape != features.shape[:1]:
-    raise ValueError(
+    raise UserError(
       f"{name} features {features.shape} and labels {labels.shape}: give [N, d] and [N]"
     )
 

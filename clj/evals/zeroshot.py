@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
+from clj.cli import UserError
 from clj.evals.rows import check_rows, context_mesh, normalize, shard_rows
 
 BLOCK = 256  # images that a device compares with all classes at a time
@@ -57,7 +58,7 @@ def zeroshot(image, labels, classifier) -> dict[str, float]:
   """
   check_rows("image", image, labels)
   if classifier.ndim != 2 or classifier.shape[1] != image.shape[1]:
-    raise ValueError(
+    raise UserError(
       f"embeddings of images {image.shape} and of classes {classifier.shape}: give "
       "[N, d] and [C, d]"
     )
@@ -68,11 +69,11 @@ def zeroshot(image, labels, classifier) -> dict[str, float]:
     )
   )
   if found["beyond"]:
-    raise ValueError(
+    raise UserError(
       f"{found['beyond']} images have a label beyond the {classes} classes"
     )
   if not (count := found["labels"].sum()):
-    raise ValueError("no labelled row among the images")
+    raise UserError("no labelled row among the images")
   result = {
     "top1": float(found["top1"] / count),
     "chance": 1 / classes,
@@ -149,7 +150,7 @@ def read_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
   without = [t for t in templates if "{}" not in t]
   if without or not templates:
     wrong = repr(without[0]) if without else "no template"
-    raise ValueError(f"{wrong}: a template has {{}} where the class's name belongs")
+    raise UserError(f"{wrong}: a template has {{}} where the class's name belongs")
   return tuple(templates)
 
 
@@ -164,14 +165,14 @@ def read_class_names(
   if path:
     given = _lines("classnames", path)
     if names and len(given) != len(names):
-      raise ValueError(
+      raise UserError(
         f"classnames {path} has {len(given)} names, but {source} {len(names)} classes"
       )
     return given
   if not names:
-    raise ValueError(f"{source} has no class names; set evals.zeroshot.classnames=FILE")
+    raise UserError(f"{source} has no class names; set evals.zeroshot.classnames=FILE")
   if all(re.fullmatch(r"n\d{8}", name) for name in names):
-    raise ValueError(
+    raise UserError(
       f"the class names of {source} are WordNet ids ({names[0]}, ...), which no text "
       "tower knows: set evals.zeroshot.classnames to a file of readable names, one a "
       "line in the order of the ids, such as the 1,000 of CLIP's notebook "
@@ -183,8 +184,8 @@ def read_class_names(
 def _lines(what: str, path: str) -> tuple[str, ...]:
   path = epath.Path(path)
   if not path.exists():
-    raise ValueError(f"{what} {path}: no such file")
+    raise UserError(f"{what} {path}: no such file")
   lines = [line.strip() for line in path.read_text().splitlines()]
   if not (lines := tuple(line for line in lines if line)):
-    raise ValueError(f"{what} {path} is empty")
+    raise UserError(f"{what} {path} is empty")
   return lines

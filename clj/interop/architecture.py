@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 from clj import models
+from clj.cli import UserError
 
 
 class Model(NamedTuple):
@@ -45,12 +46,12 @@ def describe(leaves: dict, facts: dict) -> Model:
   for tower in ("image", "text"):
     prefix = f"params/{tower}/"
     if not any(name.startswith(prefix) for name in shapes):
-      raise ValueError(f"there is no {tower} tower; a whole model has two")
+      raise UserError(f"there is no {tower} tower; a whole model has two")
   try:
     image, side, cell = _image(shapes, facts["image"])
     text = _text(shapes, facts["text"], like=image["name"])
   except KeyError as error:
-    raise ValueError(f"there is no {error.args[0]}, which a whole model has") from None
+    raise UserError(f"there is no {error.args[0]}, which a whole model has") from None
   method = {"name": "clip", "width": _width(shapes)}
   for tower in ("image", "text"):
     kernel, bias = (
@@ -77,7 +78,7 @@ def _encoder(shapes, tower: str, facts: dict) -> dict:
   blocks = f"params/{tower}/encoder/block"
   kernel = shapes[f"{blocks}0/mlp/fc1/kernel"]
   if "activation" not in facts:
-    raise ValueError(
+    raise UserError(
       "shapes do not tell the activation, and there is no config.json or "
       "open_clip_config.json beside the weights: say it with --activation=quick_gelu "
       "(OpenAI's models) or gelu (most others)"
@@ -145,7 +146,7 @@ def towers(model: Model) -> tuple[dict, dict]:
     options = dict(model.model[tower])
     name = options.pop("name")
     if name not in registry:
-      raise ValueError(f"unknown {tower} encoder {name!r}")
+      raise UserError(f"unknown {tower} encoder {name!r}")
     found.append(resolve(registry[name](**options)))
   return tuple(found)
 

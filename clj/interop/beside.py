@@ -12,6 +12,7 @@ import json
 
 from etils import epath
 
+from clj.cli import UserError
 from clj.interop.architecture import Model, towers
 
 CLIP_PIXELS = {
@@ -47,7 +48,7 @@ def _json(path: epath.Path) -> dict:
   try:
     return json.loads(path.read_text()) if path.exists() else {}
   except ValueError as error:
-    raise ValueError(f"{path}: no JSON: {error}") from None
+    raise UserError(f"{path}: no JSON: {error}") from None
 
 
 def _hf_facts(siglip: bool, config: dict, preprocessor: dict) -> dict:
@@ -62,7 +63,7 @@ def _hf_facts(siglip: bool, config: dict, preprocessor: dict) -> dict:
     if config or siglip:
       name = section.get("hidden_act", act)
       if name not in HF_ACTIVATIONS:
-        raise ValueError(
+        raise UserError(
           f"hidden_act {name!r} of the {tower} tower is not known here; there are "
           f"{', '.join(HF_ACTIVATIONS)}"
         )
@@ -114,7 +115,7 @@ def _open_clip_facts(siglip: bool, config: dict, openai: bool) -> dict:
     found["image"]["pool"] = "mean"
   pool = text.get("pool_type", "last" if siglip else "argmax")
   if pool not in OPEN_CLIP_POOLS:
-    raise ValueError(
+    raise UserError(
       f"text pooling {pool!r} is not known here; there are {', '.join(OPEN_CLIP_POOLS)}"
     )
   if pool == "eos":
@@ -236,7 +237,7 @@ def _open_clip_files(layout: str, model: Model, image, text) -> dict[str, dict]:
     key = (image["width"], image["depth"], image["patch"])
     name, sizes = TIMM_SIGLIP.get(key, ("", ()))
     if size not in sizes:
-      raise ValueError(
+      raise UserError(
         f"{layout}: timm has no tower of width, depth, patch {key} for images of {size}"
       )
     texts["proj_bias"] = True
@@ -296,7 +297,7 @@ def _ratio(tower: dict) -> float:
 
 def _require(layout: str, what: str, value, *possible):
   if value not in possible:
-    raise ValueError(
+    raise UserError(
       f"{layout} has no place for {what} {value!r}, only for "
       f"{', '.join(map(repr, possible))}"
     )
@@ -305,4 +306,4 @@ def _require(layout: str, what: str, value, *possible):
 def _refuse_masked_padding(layout: str, text: dict):
   # A causal model's end token sees no padding anyway.
   if text["mask_padding"] and not text["causal"]:
-    raise ValueError(f"{layout} has no place for a text tower with mask_padding")
+    raise UserError(f"{layout} has no place for a text tower with mask_padding")

@@ -10,7 +10,6 @@ weights are written as that project has them, with its configuration beside them
 array is accounted for: what has no place is refused.
 """
 
-import argparse
 import json
 import sys
 
@@ -20,12 +19,14 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from clj import checkpoint, interop, sharding, workdir
+from clj import cli, interop, sharding
+from clj.cli import UserError
 from clj.data import text
-from clj.init_from import init_from
 from clj.interop import architecture, beside, files, layouts
 from clj.interop.architecture import Model
 from clj.methods import make_method
+from clj.runs import checkpoint, workdir
+from clj.runs.init_from import init_from
 
 DTYPES = {
   "float32": np.float32,
@@ -61,12 +62,12 @@ def read(source, *, step=None, facts=None) -> Model:
   if interop.files.is_weights(source):
     weights = interop.read(source)
     if weights is None:
-      raise ValueError(
+      raise UserError(
         f"{source}: its tensors are named like those of no layout known here; there "
         f"are {', '.join(layouts.LAYOUTS)}"
       )
     if weights.unknown:
-      raise ValueError(
+      raise UserError(
         f"{source}: layout {weights.layout} has no place for {len(weights.unknown)} of "
         f"its arrays, such as {min(weights.unknown)}; init_from takes the others"
       )
@@ -82,7 +83,7 @@ def _read_workdir(directory, step) -> Model:
   loaded = load(directory, step)
   config = loaded.config
   if config["method"]["name"] != "clip":
-    raise ValueError(
+    raise UserError(
       f"{directory} is of method {config['method']['name']!r}; a layout is for two "
       "towers, those of 'clip'"
     )
@@ -113,17 +114,17 @@ def write_layout(model: Model, layout: str, directory, dtype="float32") -> list[
   that the model does not have.
   """
   if layout not in layouts.LAYOUTS:
-    raise ValueError(f"no layout {layout!r}; there are: {', '.join(layouts.LAYOUTS)}")
+    raise UserError(f"no layout {layout!r}; there are: {', '.join(layouts.LAYOUTS)}")
   if dtype not in DTYPES:
-    raise ValueError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
+    raise UserError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
   found, left = layouts.exchange(layout, model.leaves, back=True)
   if homeless := [name for name in left if layouts.OF_MODEL.match(name)]:
-    raise ValueError(
+    raise UserError(
       f"{layout} has no place for {len(homeless)} arrays, such as {min(homeless)}; "
       f"there are: {', '.join(layouts.LAYOUTS)}"
     )
   if missing := layouts.missing(layout, found):
-    raise ValueError(f"{layout} needs {missing[0]}, which this model does not have")
+    raise UserError(f"{layout} needs {missing[0]}, which this model does not have")
   directory = epath.Path(directory)
   configuration = beside.files(layout, model)
   tensors = {}
@@ -151,7 +152,7 @@ def write_workdir(
 
   directory = epath.Path(directory)
   if (directory / "checkpoints").exists():
-    raise ValueError(f"{directory} holds a run already; take another directory")
+    raise UserError(f"{directory} holds a run already; take another directory")
   length = len(model.leaves["params/text/position"])
   config = dict(sections) | {"method": model.method, "model": model.model}
   config["init_from"] = str(source)
@@ -167,7 +168,7 @@ def write_workdir(
     opened = text.open_tokenizer(**section)
     vocab = model.leaves["params/text/token"].shape[0]
     if opened.vocab_size > vocab:
-      raise ValueError(
+      raise UserError(
         f"{tokenizer} has {opened.vocab_size} ids, the model only {vocab}: it is the "
         "vocabulary of another model"
       )
@@ -196,7 +197,7 @@ def write_workdir(
     if isinstance(leaf, jax.ShapeDtypeStruct)
   ]
   if lacking:
-    raise ValueError(
+    raise UserError(
       f"{source} lacks {len(lacking)} arrays of the model, such as {lacking[0]}"
     )
   workdir.record_config(directory, config, 0)
@@ -218,13 +219,10 @@ def write_workdir(
 
 
 def main(argv=None) -> int:
-  from clj.main import complain, quiet_libraries, user_errors
-
-  parser = argparse.ArgumentParser(
-    prog="python -m clj.interop.convert",
-    description="Converts weights between other projects and clj.",
-    epilog="--config=FILE.py[:VARIANT] and --config.key=value give a workdir its data "
-    "and evaluations.",
+  parser = cli.parser(
+    "clj.interop.convert",
+    "Converts weights between other projects and clj.\n\n--config=FILE.py[:VARIANT] "
+    "and --config.key=value give a workdir its data and evaluations.",
   )
   parser.add_argument("source", help="safetensors file, directory with one, or workdir")
   parser.add_argument("target", help="a workdir, or with --layout a directory")
@@ -234,13 +232,14 @@ def main(argv=None) -> int:
   parser.add_argument("--tokenizer", help="a file: *.json, *.model, bpe_simple_vocab*")
   parser.add_argument("--activation", help="quick_gelu, gelu or gelu_tanh")
   parser.add_argument("--heads", help="attention heads: IMAGE,TEXT")
-  arguments, config = parser.parse_known_args(argv)
-  quiet_libraries()
-  try:
+
+  def action():
+    arguments, config = parser.parse_known_args(argv)
+    cli.quiet_libraries()
     print("\n".join(run(config=config, **vars(arguments))))
-  except user_errors() as error:
-    return complain(error)
-  return 0
+    return 0
+
+  return cli.guarded(action)
 
 
 def run(source, target, *, layout, dtype, step, config, tokenizer, activation, heads):
@@ -255,7 +254,7 @@ def run(source, target, *, layout, dtype, step, config, tokenizer, activation, h
   if layout:
     return write_layout(model, layout, target, dtype) + _copy_vocabulary(source, target)
   if not files.is_weights(source):
-    raise ValueError(f"{source} is a workdir already; say the --layout to write")
+    raise UserError(f"{source} is a workdir already; say the --layout to write")
   tokenizer = tokenizer or _vocabulary(source)
   return write_workdir(model, source, target, _sections(config), tokenizer)
 
@@ -284,18 +283,9 @@ def _sections(argv: list[str]) -> dict:
   """What a workdir's config has beside the model, from --config and --config.key."""
   if not argv:
     return SECTIONS
-  from absl import flags
-
-  from clj.main import CONFIG
-
-  try:
-    if unknown := flags.FLAGS(["convert", *argv])[1:]:
-      raise ValueError(f"unknown argument {unknown[0]!r}; see --help")
-  except flags.Error as error:
-    raise ValueError(f"{error}; see --help") from None
-  config = CONFIG.value.to_dict()
+  config, _ = cli.read_config(argv)
   if lacking := [key for key in SECTIONS if key not in config]:
-    raise ValueError(f"the config has no {', '.join(lacking)}")
+    raise UserError(f"the config has no {', '.join(lacking)}")
   return {key: config[key] for key in SECTIONS}
 
 

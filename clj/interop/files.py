@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from clj.cli import UserError
+
 DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -43,21 +45,21 @@ def find(path) -> epath.Path:
   if path.name.endswith((".safetensors", ".safetensors.index.json")):
     if path.exists():
       return path
-    raise ValueError(f"{path}: no such file")
+    raise UserError(f"{path}: no such file")
   if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-    raise ValueError(
+    raise UserError(
       f"{path}: pickled weights are not read, they can run code; write them anew with "
       "safetensors.torch.save_file(state_dict, 'model.safetensors')"
     )
   if not path.is_dir():
-    raise ValueError(f"{path}: no such file or directory")
+    raise UserError(f"{path}: no such file or directory")
   if (path / INDEX).exists():
     return path / INDEX
   found = sorted(path.glob("*.safetensors"))
   names = ("model.safetensors", "open_clip_model.safetensors")
   if preferred := [f for f in found if f.name in names] or found[:1]:
     return preferred[0]
-  raise ValueError(f"{path}: it holds no safetensors file")
+  raise UserError(f"{path}: it holds no safetensors file")
 
 
 def open_tensors(path) -> dict[str, np.ndarray]:
@@ -75,11 +77,11 @@ def open_tensors(path) -> dict[str, np.ndarray]:
 
 def _open(path: epath.Path) -> dict[str, np.ndarray]:
   if not path.exists():
-    raise ValueError(f"{path}: no such file")
+    raise UserError(f"{path}: no such file")
   if "://" in str(path):
     data = np.frombuffer(path.read_bytes(), np.uint8)
   elif path.stat().length < 8:
-    raise ValueError(f"{path}: no safetensors file, it has fewer than 8 bytes")
+    raise UserError(f"{path}: no safetensors file, it has fewer than 8 bytes")
   else:
     data = np.memmap(path, np.uint8, mode="r")
   start = 8 + int.from_bytes(bytes(data[:8]), "little")
@@ -88,19 +90,19 @@ def _open(path: epath.Path) -> dict[str, np.ndarray]:
   except ValueError:
     header = None
   if not isinstance(header, dict):
-    raise ValueError(f"{path}: no safetensors file, or one cut short")
+    raise UserError(f"{path}: no safetensors file, or one cut short")
   tensors = {}
   for name, entry in header.items():
     if name == "__metadata__":
       continue
     if entry["dtype"] not in DTYPES:
-      raise ValueError(
+      raise UserError(
         f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}"
       )
     dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
     first, last = (start + offset for offset in entry["data_offsets"])
     if last > len(data) or last - first != math.prod(shape) * dtype.itemsize:
-      raise ValueError(f"{path}: {name} lies outside the file, which is cut short")
+      raise UserError(f"{path}: {name} lies outside the file, which is cut short")
     tensors[name] = data[first:last].view(dtype).reshape(shape)
   return tensors
 
@@ -134,6 +136,6 @@ def write_tensors(path, tensors: dict):
       shape, dtype, read = tensors[name]
       array = np.asarray(read(), dtype, order="C")
       if array.shape != tuple(shape):
-        raise ValueError(f"{name}: {array.shape}, not {tuple(shape)} as announced")
+        raise UserError(f"{name}: {array.shape}, not {tuple(shape)} as announced")
       file.write(array.tobytes())
   partial.replace(path)

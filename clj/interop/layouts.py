@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from clj.cli import UserError
+
 
 class Form(NamedTuple):
   """How a tensor of theirs is laid out as a leaf of ours, and back.
@@ -28,7 +30,7 @@ class Form(NamedTuple):
 def _grid(table):
   side = math.isqrt(len(table))
   if side * side != len(table):
-    raise ValueError(f"a table of {len(table)} positions is not that of square images")
+    raise UserError(f"a table of {len(table)} positions is not that of square images")
   return table.reshape(side, side, -1)
 
 
@@ -345,7 +347,7 @@ def exchange(layout: str, source: dict, back: bool = False) -> tuple[dict, list[
       value = row.form.theirs(value) if back else row.form.ours(value)
     except (ValueError, IndexError, TypeError) as error:
       shape = source[name].shape
-      raise ValueError(f"{layout}: {name} has shape {shape}: {error}") from None
+      raise UserError(f"{layout}: {name} has shape {shape}: {error}") from None
     found.setdefault(goal, []).append(value)
     explained.add(name)
   return found, [name for name in source if name not in explained]

@@ -1,5 +1,6 @@
 """Every method of clj: a name for configs -> the function that builds it."""
 
+from clj.cli import UserError, check_keywords
 from clj.method import Method, with_probe
 from clj.methods import clip, simclr
 
@@ -18,6 +19,7 @@ def make_method(method: dict, model: dict) -> Method:
   kwargs = dict(method)
   name, classes = kwargs.pop("name"), kwargs.pop("probe_classes", 0)
   if name not in METHODS:
-    raise ValueError(f"no method {name!r}; there are: {', '.join(METHODS)}")
+    raise UserError(f"no method {name!r}; there are: {', '.join(METHODS)}")
+  check_keywords(METHODS[name], kwargs, "method")
   made = METHODS[name](model=model, **kwargs)
   return with_probe(made, classes) if classes else made

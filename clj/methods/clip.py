@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from clj import losses, models, optim
+from clj.cli import UserError
 from clj.method import Aux, Method
 
 MODALITIES = ("image", "text")
@@ -90,9 +91,9 @@ def make(
       on.
   """
   if loss not in ("softmax", "sigmoid"):
-    raise ValueError(f"method.loss is {loss!r}: use 'softmax' or 'sigmoid'")
+    raise UserError(f"method.loss is {loss!r}: use 'softmax' or 'sigmoid'")
   if average is not None and not 0 <= average <= 1:
-    raise ValueError(f"method.average is {average}: a share between 0 and 1, or None")
+    raise UserError(f"method.average is {average}: a share between 0 and 1, or None")
   towers = _towers(model, width, image_head, text_head)
   projector = models.projector(**slip["projector"]) if slip else None
   teacher_weight = distill["weight"] if distill else 0.0
@@ -108,7 +109,7 @@ def make(
       params["bias"] = jnp.full((), init_bias, jnp.float32)
     for name in MODALITIES if micro_batch else ():
       if jax.tree.leaves(extra[name]) and not is_locked(params, name):
-        raise ValueError(
+        raise UserError(
           f"method.micro_batch is {micro_batch}, but the {name} tower has batch norm, "
           "whose statistics are those of the whole batch: use 0, or another tower"
         )
@@ -120,7 +121,7 @@ def make(
       extra["teacher"] = {"params": weights, **stats}
     if slip:
       if "crops" not in batch or batch["crops"].shape[1] != 2:
-        raise ValueError("method.slip needs two views: set data.augment.crops.views=2")
+        raise UserError("method.slip needs two views: set data.augment.crops.views=2")
       image = (batch["image"][:, 0],)
       h, _, _ = jax.eval_shape(
         lambda p, s: towers.apply(p, s, "image", image, train=False), params, extra
@@ -227,7 +228,7 @@ def _towers(model, width, image_head="linear", text_head="linear") -> _Towers:
   heads = {"image": image_head, "text": text_head}
   for name, head in heads.items():
     if head not in ("linear", "affine", "none"):
-      raise ValueError(
+      raise UserError(
         f"method.{name}_head is {head!r}: use 'linear', 'affine' or 'none'"
       )
 
@@ -245,7 +246,7 @@ def _towers(model, width, image_head="linear", text_head="linear") -> _Towers:
       features = h.shape[-1]
       if heads[name] == "none":
         if features != width:
-          raise ValueError(
+          raise UserError(
             f"the {name} tower's features are {features} wide and method.width is "
             f"{width}; without a head they must be equal: set method.{name}_head"
           )

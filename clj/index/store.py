@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from clj.cli import UserError
+
 FORMATS = ("parquet", "npy")
 MODALITIES = ("image", "text")
 COLUMNS = ("id", "path", "record", "modality", "captions", "label")
@@ -116,14 +118,14 @@ class Index:
       for start, block in read(path, first, stop):
         block = block[max(first - start, 0) : stop - start]
         if block.shape[1:] != (dim,) or block.dtype != np.float32:
-          raise ValueError(f"{block.dtype} {block.shape}, not float32 [rows, {dim}]")
+          raise UserError(f"{block.dtype} {block.shape}, not float32 [rows, {dim}]")
         rows += len(block)
         yield block
     except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
       reason = (str(error).splitlines() or [type(error).__name__])[0]
-      raise ValueError(f"{path} cannot be read ({reason}); {_MEND}") from None
+      raise UserError(f"{path} cannot be read ({reason}); {_MEND}") from None
     if rows != stop - first:
-      raise ValueError(f"{path} lacks {stop - first - rows} rows; {_MEND}")
+      raise UserError(f"{path} lacks {stop - first - rows} rows; {_MEND}")
 
   def _npy_blocks(self, path, first, stop):
     for start in range(first, stop, BLOCK):
@@ -166,13 +168,13 @@ def open_index(directory: str) -> Index:
     with open(path, encoding="utf-8") as file:
       info = json.load(file)
     if info.get("format") not in FORMATS:
-      raise ValueError(f"its format is {info.get('format')!r}")
+      raise UserError(f"its format is {info.get('format')!r}")
   except FileNotFoundError:
-    raise ValueError(
+    raise UserError(
       f"there is no index in {directory!r} (no index.json): make one by clj.embed"
     ) from None
   except (ValueError, AttributeError) as error:
-    raise ValueError(f"{path} is not of an index ({error})") from None
+    raise UserError(f"{path} is not of an index ({error})") from None
   return Index(directory, info)
 
 

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clj import interop, sharding, workdir
-from clj.checkpoint import CheckpointError, Checkpoints
+from clj import interop, sharding
+from clj.runs import workdir
+from clj.runs.checkpoint import CheckpointError, Checkpoints
 from clj.models.vit import resize_positions
+from clj.cli import UserError
 
 
 def config_of(path: str) -> dict | None:
@@ -30,7 +32,7 @@ def config_of(path: str) -> dict | None:
   if not (found := re.fullmatch(r"(.+\.py)(?::(\w+))?", path)):
     return None
   if not epath.Path(found[1]).exists():
-    raise ValueError(f"init_from {path}: there is no file {found[1]}")
+    raise UserError(f"init_from {path}: there is no file {found[1]}")
   return runpy.run_path(found[1])["get_config"](found[2]).to_dict()
 
 
@@ -63,7 +65,7 @@ def init_from(state, path, rename=()):
     else:
       taken[goal] = _placed(value, want)
   if not taken:
-    raise ValueError(
+    raise UserError(
       f"init_from {path}: none of its {len(found) + len(unused)} arrays fits, such as "
       f"{min([f[0] for f in found] + unused, default='none')!r}; the names here are "
       f"like {names[0]!r}: set init_rename"
@@ -157,7 +159,7 @@ def _renamed(name: str, rename) -> list[str]:
     try:
       found = re.search(pattern, name)
     except re.error as error:
-      raise ValueError(f"init_rename: {pattern!r} is no regex: {error}") from None
+      raise UserError(f"init_rename: {pattern!r} is no regex: {error}") from None
     if found:
       several = [replacement] if isinstance(replacement, str) else replacement
       return [re.sub(pattern, r, name) for r in several]

@@ -26,11 +26,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from clj import processes
-from clj.workdir import is_remote
+from clj.cli import UserError
+from clj.runs import processes
+from clj.runs.workdir import is_remote
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
   """No checkpoint that can be restored; the message is one line for the user."""
 
 

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clj.cli import UserError
+
 KINDS = (
   "all-reduce",
   "all-gather",
@@ -164,7 +166,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       if line.lstrip().startswith("ROOT "):
         root = instruction.name
   if entry is None:
-    raise ValueError("this is no HLO text: it has no ENTRY computation")
+    raise UserError("this is no HLO text: it has no ENTRY computation")
   return computations, entry
 
 
@@ -191,7 +193,7 @@ def _closing(text: str) -> int:
     depth += 1 if match[0] == "(" else -1
     if not depth:
       return match.start()
-  raise ValueError(f"unbalanced parentheses in HLO: {text[:80]!r}")
+  raise UserError(f"unbalanced parentheses in HLO: {text[:80]!r}")
 
 
 @functools.lru_cache(maxsize=65536)

@@ -8,7 +8,8 @@ from importlib import metadata
 import jax
 from etils import epath
 
-from clj import processes
+from clj.runs import processes
+from clj.cli import UserError
 
 # Keys that may change between two starts of a run without changing what it computes.
 FREE = (
@@ -42,9 +43,9 @@ def open_remote(path):
   scheme = str(path).partition("://")[0]
   package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme)
   if package is None:
-    raise ValueError(f"{path}: no storage {scheme!r}; use gs://, s3:// or a local path")
+    raise UserError(f"{path}: no storage {scheme!r}; use gs://, s3:// or a local path")
   if importlib.util.find_spec(package) is None:
-    raise ValueError(f"{path} needs the package {package}: pip install {package}")
+    raise UserError(f"{path} needs the package {package}: pip install {package}")
   import fsspec
 
   # Other processes, and TensorStore in this one, write there too.
@@ -67,7 +68,7 @@ def check_config(workdir, config: dict):
   for key in sorted(set().union(*everyone) - HOST):
     values = [one.get(key) for one in everyone]
     if other := [i for i, value in enumerate(values) if value != values[0]]:
-      raise ValueError(
+      raise UserError(
         f"{key} is {values[0]!r} in process 0, but {values[other[0]]!r} in process "
         f"{other[0]}; start all processes with the same config"
       )
@@ -78,7 +79,7 @@ def check_config(workdir, config: dict):
   changed = sorted(k for k in old | new if old.get(k) != new.get(k) and not _free(k))
   if changed:
     listed = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
-    raise ValueError(
+    raise UserError(
       f"{workdir} holds a run with another config ({listed}); take another --workdir, "
       f"there with --config.init_from={workdir} to start from its weights"
     )
@@ -109,7 +110,7 @@ def _history(workdir, missing=None) -> list[dict]:
   path = _path(workdir)
   if not path.exists():
     if missing is None:
-      raise ValueError(f"{workdir} is not the workdir of a run: it has no config.json")
+      raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
     return missing
   return json.loads(path.read_text())
 

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from clj.workdir import is_remote
+from clj.runs.workdir import is_remote
 
 
 def read_metrics(workdir) -> list[dict]:

@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from clj.cli import UserError
 
 # JAX is imported where it is needed: the parent must start fast and hold no device.
 
@@ -56,11 +57,11 @@ def find(
   given = {"coordinator": coordinator, "num_processes": count, "process_id": index}
   if any(value is not None for value in given.values()):
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
-      raise ValueError(f"{', '.join(missing)} missing; give all three flags or none")
+      raise UserError(f"{', '.join(missing)} missing; give all three flags or none")
     if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
-      raise ValueError(f"--coordinator={coordinator} is not HOST:PORT of process 0")
+      raise UserError(f"--coordinator={coordinator} is not HOST:PORT of process 0")
     if not 0 <= index < count:
-      raise ValueError(
+      raise UserError(
         f"--process_id={index} is not one of 0 to {count - 1} (--num_processes={count})"
       )
     return Run(count, coordinator, index)
