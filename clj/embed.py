@@ -2,8 +2,8 @@
 
     python -m clj.embed --workdir=runs/clip-demo --source=folder:/photos --out=index
 
-What comes out is described in `clj.index.store`. Records are read as a stream, decoded as
-they come, batches are split over the devices of a process, and every `rows_per_shard`
+What comes out is described in `clj.index.store`. Records are read as a stream and
+decoded as they come, batches are split over the devices of a process, and every `rows_per_shard`
 records become a part of the index, renamed to its name when it is whole. So the same
 command goes on after any kill, with the parts that are missing, and since no batch
 spans two parts the result is the same bit for bit. A corrupt record is left out and

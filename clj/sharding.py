@@ -211,3 +211,17 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     key: jax.make_array_from_process_local_data(sharding, rows)
     for key, rows in batch.items()
   }
+
+
+def to_all(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Arrays that every process has, whole on every device."""
+  whole = replicated(mesh)
+  return {
+    key: jax.make_array_from_callback(array.shape, whole, lambda i, a=array: a[i])
+    for key, array in arrays.items()
+  }
+
+
+def on_one_device():
+  """A context for what this process does by itself, on one device of its own."""
+  return jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))

@@ -55,7 +55,7 @@ class Checkpoints:
     self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
     self.best = best
-    self._say_committed = committed
+    self.committed = committed
     self._keep = keep
     self._hashing: list[threading.Thread] = []
     self._over = threading.Event()  # what is not committed by then never will be
@@ -265,7 +265,7 @@ class Checkpoints:
         return
       wait = min(2 * wait, 1.0) if is_remote(path) else wait  # each look is a request
     with contextlib.suppress(OSError):  # of a closed terminal
-      self._say_committed(step)
+      self.committed(step)
     self._hash(step)
 
   def _hash(self, step: int):
