@@ -1155,21 +1155,31 @@ def _(g):
 
 @golden("pos_embed_interpolation")
 def _(g):
-  cls, table = g["pos_embed"][0, :1], g["pos_embed"][0, 1:]
-  side = int(len(table) ** 0.5)
-  table = jnp.asarray(table.reshape(side, side, -1))
-  offset, answer = g["interpolate_offset"], {}
+  cls, table = jnp.asarray(g["pos_embed"][0, :1]), jnp.asarray(g["pos_embed"][0, 1:])
+  side, grids = int(len(table) ** 0.5), g["grids"].tolist()
+  offset = g["interpolate_offset"]
   forms = {
     "out_size": {"antialias": False},
     "out_offset": {"antialias": False, "offset": offset},
     "out_size_antialias": {},
     "out_offset_antialias": {"offset": offset},
   }
-  for i, grid in enumerate(g["grids"].tolist()):
-    for name, options in forms.items():
-      patches = resize_positions(table, *grid, **options)
-      patches = patches.reshape(-1, table.shape[-1])
-      answer[f"{name}_{i}"] = jnp.concatenate([cls, patches])[None]
+
+  def resized(table, grid, options):
+    table = table.reshape(side, side, -1)
+    patches = resize_positions(table, *grid, **options)
+    return jnp.concatenate([cls, patches.reshape(-1, table.shape[-1])])[None]
+
+  @jax.jit
+  def all_of_them(table):
+    return {
+      f"{name}_{i}": resized(table, grid, options)
+      for name, options in forms.items()
+      for i, grid in enumerate(grids)
+    }
+
+  answer = all_of_them(table)
+  for i in range(len(grids)):
     answer[f"hf_dinov2_{i}"] = answer[f"out_size_{i}"]
     answer[f"hf_dinov2_with_registers_{i}"] = answer[f"out_size_antialias_{i}"]
   return answer
@@ -1298,7 +1308,6 @@ def test_golden(golden_file, name):
   read = set(g.read)
   assert not read & set(answer), "an answer must not be read from the file"
   assert not exempt & (read | set(answer)), "exempt, and yet read or answered"
-  assert exempt <= set(g), f"exempt, but not in the file: {sorted(exempt - set(g))}"
   unanswered = set(g) - set(answer) - read - exempt
   assert not unanswered, f"neither read, answered nor exempt: {sorted(unanswered)}"
   assert set(answer) <= set(g), f"not in the file: {sorted(set(answer) - set(g))}"
