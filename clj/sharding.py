@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from clj.cli import UserError
+from clj.cli import UserError, check_keys
 
 AXES = ("data", "fsdp")
 SMALL = 4 * 2**20  # bytes; splitting less than this costs more latency than it saves
@@ -52,6 +52,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
 def of_config(section: dict, devices=None) -> Mesh:
   """The mesh of a config's section `mesh`, which may have `rules` for the state too."""
+  check_keys(section, ("data", "fsdp", "rules"), "mesh")
   return make_mesh(section["data"], section["fsdp"], devices)
 
 

@@ -12,7 +12,6 @@ have our names. Layers may be one leaf for all ("blocks") or one for each ("bloc
 """
 
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from clj import interop, sharding
-from clj.cli import UserError
+from clj.cli import UserError, load_recipe
 from clj.data import text
 from clj.models.vit import resize_positions
 from clj.runs import workdir
@@ -29,11 +28,7 @@ from clj.runs.checkpoint import CheckpointError, Checkpoints
 
 def config_of(path: str) -> dict | None:
   """The config that `init_from` may name, such as "configs/lit.py:tower"; else None."""
-  if not (found := re.fullmatch(r"(.+\.py)(?::(\w+))?", path)):
-    return None
-  if not epath.Path(found[1]).exists():
-    raise UserError(f"init_from {path}: there is no file {found[1]}")
-  return runpy.run_path(found[1])["get_config"](found[2]).to_dict()
+  return load_recipe(path) if re.fullmatch(r".+\.py(:\w+)?", path) else None
 
 
 def init_from(params, extra, path, rename=(), columns=None):
