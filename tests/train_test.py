@@ -366,7 +366,7 @@ def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
 
   monkeypatch.setattr(checkpoint, "_committed", lambda path: False)
   checkpoints.save(2, state, {}, {})
-  monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+  monkeypatch.setattr(checkpoints._saver, "wait_until_finished", full)
   with pytest.raises(checkpoint.CheckpointError, match="saving step 2 .*No space left"):
     checkpoints.wait()
 
