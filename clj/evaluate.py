@@ -443,7 +443,7 @@ def load(directory, step: int | None = None) -> Loaded:
     if (step := next(intact, None)) is None:
       raise checkpoint.CheckpointError(f"{directory} has no intact checkpoint")
   state = checkpoints.restore_tree(step)
-  method = make_method(config["method"], config["model"])
+  method = make_method(config["method"], config["model"], config["total_steps"])
   data = config["data"]
   size, crop = data["size"], data.get("eval_crop", 0.875)
   tokenizer = None
