@@ -168,7 +168,7 @@ def wise_ft(method: Method, share: float) -> Method:
     trained = {f"trained_{name}": value for name, value in trained.items()}
     return method.embed(averaged, extra, batch) | trained
 
-  return Method(init, loss, post, embed, method.needs, method.locked)
+  return method._replace(init=init, loss=loss, post=post, embed=embed)
 
 
 def average(start: Params, trained: Params, share: float) -> Params:
