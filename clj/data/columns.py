@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from clj.cli import UserError
@@ -188,7 +189,9 @@ def strings(value) -> list[str]:
   if value is None:
     return []
   several = isinstance(value, list | tuple | np.ndarray)
-  said = [plain_text(x).strip() for x in (value if several else [value]) if x is not None]
+  said = [
+    plain_text(x).strip() for x in (value if several else [value]) if x is not None
+  ]
   return [x for x in said if x]
 
 
@@ -251,7 +254,10 @@ def text(
     row, end = arrays["first"][records], arrays["first"][records + 1]
     if seed is not None:
       row = row + draw(seed, positions, end - row)
-    return {name: arrays["ids"].take(row, axis=0), mask: arrays["mask"].take(row, axis=0)}
+    return {
+      name: arrays["ids"].take(row, axis=0),
+      mask: arrays["mask"].take(row, axis=0),
+    }
 
   return Column(
     name,
@@ -347,7 +353,7 @@ def numbers(value) -> np.ndarray:
   """
   if isinstance(value, bytes) and value[:6] == b"\x93NUMPY":
     value = np.load(io.BytesIO(value), allow_pickle=False)
-  elif isinstance(value, bytes) and (whole := images.decode_unchanged(value)) is not None:
+  elif isinstance(value, bytes) and (whole := _unchanged(value)) is not None:
     value = whole
   elif isinstance(value, str | bytes):
     value = np.asarray(json.loads(value), np.float32)
@@ -358,6 +364,18 @@ def numbers(value) -> np.ndarray:
   return _as(array, small or array.dtype)
 
 
+def _unchanged(data):
+  """An encoded picture with its own channels and bits, [H, W] or [H, W, C], or None."""
+  try:
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+  except cv2.error:
+    return None
+  if found is not None and found.ndim == 3:
+    order = [2, 1, 0, 3][: found.shape[2]]  # OpenCV has blue first
+    found = found[..., order]
+  return found
+
+
 def _as(array, dtype):
   made = array.astype(dtype)
   if made.dtype.kind in "biu" and not np.array_equal(made, array):
@@ -366,7 +384,12 @@ def _as(array, dtype):
 
 
 def array(
-  about: About, /, *, field: str = "", length: int | None = None, dtype: str | None = None
+  about: About,
+  /,
+  *,
+  field: str = "",
+  length: int | None = None,
+  dtype: str | None = None,
 ) -> Column:
   """Arrays: NAME as it is, or with `length` cut or padded to it, with NAME_mask.
 
@@ -562,4 +585,6 @@ def audio(
   )
 
 
+# Options that are of a data set; the others are of what a model is given.
+OF_SOURCE = ("field", "memory_size", "memory")
 COLUMNS = {"image": image, "text": text, "label": label, "array": array, "audio": audio}
