@@ -141,7 +141,11 @@ GRAM = entry(24, of="image", views=2, boxes_of="image")
 
 @pytest.mark.parametrize("cut", ["here", "by the host"])
 def test_same_views_on_any_number_of_devices(cut):
-  """Bit for bit, with nothing sent; and no row depends on the other rows."""
+  """With nothing sent; and no row depends on the other rows.
+
+  Bit for bit, but where a side over another is no exact number: the last bit of the
+  weights of such crops is the compiler's.
+  """
   section = {"image": entry(**BYOL), "crops": CROPS, "gram": GRAM}
   batch = {"image": pictures(16)[:, 0]}
   if cut == "by the host":
@@ -156,8 +160,10 @@ def test_same_views_on_any_number_of_devices(cut):
   part = step(key, {k: jnp.asarray(v[:5]) for k, v in batch.items()})
   for name in section:
     assert len(split[name].sharding.device_set) == 8
-    np.testing.assert_array_equal(split[name], whole[name], err_msg=name)
-    np.testing.assert_array_equal(part[name], whole[name][:5], err_msg=name)
+    atol = 0 if name == "image" or cut != "here" else 2e-6
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=atol)
+    same(split[name], whole[name], err_msg=name)
+    same(part[name], whole[name][:5], err_msg=name)
 
 
 # Two views of each of 4 pictures, cut here to 12 pixels or by the host to 16: for each
@@ -232,7 +238,7 @@ def test_entries_have_draws_of_their_own_in_any_order():
 
 
 def test_shared_boxes():
-  """Views at twice the size, of the same boxes and flips, without a change of colour."""
+  """At twice the size: the same boxes and flips, without a change of colour."""
   images = {"image": jnp.asarray(pictures(8)[:, 0])}
   cut = {"grayscale": 0.0, "crop_scale": (0.2, 0.6)}
   section = {
