@@ -1,6 +1,5 @@
 """Masks of patches: counts of the official generators, shapes, draws, devices."""
 
-import os
 import re
 
 import jax
@@ -36,12 +35,9 @@ def draw(name, grid, count, batches=1, seed=0, **options):
   return found.reshape(batches * count, *found.shape[2:])
 
 
-@pytest.fixture(scope="module")
-def golden():
-  path = os.environ.get("CLJ_GOLDEN2_DIR", "../shared/golden2")
-  if not os.path.isdir(path):
-    pytest.skip(f"no golden values at {path!r}; set CLJ_GOLDEN2_DIR")
-  return np.load(os.path.join(path, "masks.npz"))
+@pytest.fixture
+def golden(golden_file):
+  return np.load(golden_file("masks.npz"))
 
 
 @pytest.mark.parametrize("setting", ["setting0", "setting1"])
