@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from clj import sharding
 from clj.cli import UserError
 from clj.runs import processes
 from clj.runs.workdir import is_remote
@@ -182,10 +183,13 @@ class Checkpoints:
       )
     return None
 
-  def restore_tree(self, step: int, make_sharding=None):
+  def restore_tree(self, step: int, make_sharding=None, parts=None):
     """Restores the state of `step`, whatever its structure is, as a nested dict.
 
-    make_sharding: shape-and-dtype struct -> sharding; default: the first device.
+    make_sharding: (name, shape-and-dtype struct) -> sharding; default: the first
+      device. The name is "params/encoder/..." and so on.
+    parts: what is restored, such as ("params", "extra"); the rest is not read. None:
+      all of it.
     """
     self._require(step)
     fault = self.fault(step)
@@ -193,17 +197,25 @@ class Checkpoints:
       raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
     path = self.directory / str(step) / "state"
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    make_sharding = make_sharding or (lambda _: first)
 
-    def struct(leaf):
+    def struct(keys, leaf):
       plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=make_sharding(plain))
+      where = make_sharding(sharding.name(keys), plain) if make_sharding else first
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     try:
-      with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+      with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
-        abstract = jax.tree.map(struct, tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return checkpointer.restore(path, abstract)
+        tree = {key: tree[key] for key in tree if parts is None or key in parts}
+        abstract = jax.tree_util.tree_map_with_path(
+          struct, tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
+        wanted = ocp.args.PyTreeRestore(
+          abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        )
+        return checkpointer.restore(path, wanted)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
       raise CheckpointError(f"checkpoint {path}: {_first_line(error)}") from error
 
