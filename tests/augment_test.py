@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +77,8 @@ def official(golden):
   }
 
 
-def test_operations_are_the_official_ones(golden_dir):
-  golden = np.load(os.path.join(golden_dir, "augment_ops.npz"))
+def test_operations_are_the_official_ones(golden_file):
+  golden = np.load(golden_file("augment_ops.npz"))
   found = official(golden)
   assert set(found) == {k for k in golden if k.startswith(("simclr_", "byol_"))} - {
     "simclr_blur_even_kernel_size_input",

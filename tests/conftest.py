@@ -27,13 +27,34 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+GOLDEN_DIRS = "../shared/golden:../shared/golden2"
+
+
 @pytest.fixture(scope="session")
-def golden_dir():
-  """The directory of golden values; tests that need it skip where it is absent."""
-  path = os.environ.get("CLJ_GOLDEN_DIR", "../shared/golden")
-  if not os.path.isdir(path):
-    pytest.skip(f"no golden values at {path!r}; set CLJ_GOLDEN_DIR")
-  return path
+def golden_dirs():
+  """The directories of golden values; tests that need them skip where none is there."""
+  paths = os.environ.get("CLJ_GOLDEN_DIR", GOLDEN_DIRS).split(":")
+  if not (there := tuple(path for path in paths if os.path.isdir(path))):
+    pytest.skip(f"no golden values at {':'.join(paths)!r}; set CLJ_GOLDEN_DIR")
+  return there
+
+
+@pytest.fixture(scope="session")
+def golden_file(golden_dirs):
+  """The path of a golden file, by its name within whichever directory has it.
+
+  Where not all of the directories are there, tests of what the others hold skip.
+  """
+
+  def find(name):
+    paths = [os.path.join(path, name) for path in golden_dirs]
+    if found := [path for path in paths if os.path.exists(path)]:
+      return found[0]
+    if len(golden_dirs) < len(GOLDEN_DIRS.split(":")):
+      pytest.skip(f"no {name} in {':'.join(golden_dirs)!r}; CLJ_GOLDEN_DIR takes more")
+    return pytest.fail(f"no {name} in {':'.join(golden_dirs)!r}")
+
+  return find
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from clj.evals import knn as nearest
 from clj.evals.diagnostics import diagnostics, warning
 from clj.evals.knn import knn
 from clj.evals.linear_probe import linear_probe
+from clj.evals.segmentation import confusion, scores
 
 CLASSES = 7
 
@@ -42,11 +43,11 @@ def slow_knn(train, train_labels, test, test_labels, k, temperature):
     np.add.at(votes, train_labels[near], np.exp(row[near] / temperature))
     ranked = np.argsort(-votes, kind="stable")
     top1 += ranked[0] == label
-    top5 += label in ranked[:5]
+    top5 += label in ranked[:5][votes[ranked[:5]] > 0]
   return {"top1": top1 / len(test), "top5": top5 / len(test)}
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (10_000, 0.1)])
+@pytest.mark.parametrize(("k", "temperature"), [(3, 0.07), (20, 0.07), (10_000, 0.1)])
 def test_knn_is_its_slow_twin_on_any_mesh(k, temperature):
   train, test = clusters(1101, seed=1), clusters(301, seed=2)
   expected = slow_knn(*train, *test, k, temperature)
@@ -55,6 +56,28 @@ def test_knn_is_its_slow_twin_on_any_mesh(k, temperature):
     with jax.set_mesh(mesh(*shape)):
       options = {"num_classes": CLASSES, "k": k, "temperature": temperature}
       assert knn(*train, *test, **options) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_class_without_a_vote_is_no_prediction_of_knn(devices):
+  classes = np.arange(10)
+  point, options = np.ones((10, 4), np.float32), {"num_classes": 10}
+  # Each class is one of ten equal neighbours, and one of them is asked.
+  with jax.set_mesh(mesh(devices)):
+    found = knn(point, classes, point, classes, k=1, **options)
+    assert found == {"top1": pytest.approx(0.1), "top5": pytest.approx(0.1)}
+    found = knn(point, classes, point, classes, k=3, **options)
+    assert found == {"top1": pytest.approx(0.1), "top5": pytest.approx(0.3)}
+    # All neighbours are of class 9.
+    bank = np.concatenate([np.ones((20, 4)), -np.ones((9, 4))]).astype(np.float32)
+    labels = np.concatenate([np.full(20, 9), classes[:9]])
+    found = knn(bank, labels, point[:4], classes[:4], k=20, **options)
+    assert found == {"top1": 0, "top5": 0}
+    found = knn(bank, labels, point, classes, k=20, **options)
+    assert found == {"top1": pytest.approx(0.1), "top5": pytest.approx(0.1)}
+    # A neighbour votes however far away it is, and low the temperature.
+    found = knn(bank, labels, point[:4], classes[:4], k=29, temperature=1e-3, **options)
+    assert found == {"top1": 0, "top5": 1}
 
 
 def test_knn_takes_arrays_on_devices_and_refuses_what_has_no_labels():
@@ -137,3 +160,29 @@ def test_diagnostics_say_collapse(kind):
   line = warning(found)
   assert line.startswith("warning: the representation has collapsed")
   assert "\n" not in line
+
+
+def test_segmentation_of_a_picture():
+  """Class 2 is predicted and nowhere, class 3 neither, and 255 does not count."""
+  target = np.array([[0, 0, 0, 1], [1, 1, 255, 255]], np.uint8)
+  prediction = np.array([[0, 0, 1, 1], [1, 2, 3, 0]], np.uint8)
+  matrix = confusion(prediction, target, 4)
+  expected = [[2, 1, 0, 0], [0, 2, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+  np.testing.assert_array_equal(matrix, expected)
+  found = scores(matrix)
+  np.testing.assert_allclose(found["iou"], [2 / 3, 1 / 2, 0, np.nan])
+  np.testing.assert_allclose(found["accuracy"], [2 / 3, 2 / 3, np.nan, np.nan])
+  np.testing.assert_allclose(found["dice"], [4 / 5, 2 / 3, 0, np.nan])
+  assert found["miou"] == pytest.approx((2 / 3 + 1 / 2) / 3)
+  assert found["mean_accuracy"] == pytest.approx(2 / 3)
+  assert found["mean_dice"] == pytest.approx((4 / 5 + 2 / 3) / 3)
+  assert found["pixel_accuracy"] == pytest.approx(4 / 6)
+  assert found["fwiou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+  # The parts of a data set add up.
+  rows = zip(prediction, target, strict=True)
+  np.testing.assert_array_equal(sum(confusion(*row, 4) for row in rows), matrix)
+  assert np.isnan(scores(confusion(target, np.full_like(target, 255), 4))["miou"])
+  with pytest.raises(ValueError, match="target from 0 to 1, but there are 1 classes"):
+    confusion(np.zeros_like(target), target, 1)
+  with pytest.raises(ValueError, match="give one shape"):
+    confusion(prediction[0], target, 4)

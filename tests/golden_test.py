@@ -2,11 +2,15 @@
 
 One table, `TABLE`: golden file -> function. The function reads its inputs, shapes and
 hyper-parameters from the file and returns what clj gives for everything else in it, by
-name. What it neither reads nor answers has to stand in `EXEMPT` with the reason.
+name. What it neither reads nor answers has to stand in `EXEMPT` with the reason. Files
+that another test compares stand in `ELSEWHERE`, and those of what clj does not have yet
+in `NOT_YET`.
 """
 
+import collections
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from clj import losses
 from clj.data import text
+from clj.evals import segmentation
+from clj.evals.retrieval import ranking
 from clj.losses import softmax
+from clj.models.vit import resize_positions
 
 TOLERANCE = 1e-5  # of each array's largest element, in float32
 
@@ -28,6 +35,8 @@ INFO = "says how the file was made"
 INDICES = "mined indices"
 PILLOW = "for information: Pillow's operation, in 8 bits, its blur no Gaussian"
 SCHEDULE = "a schedule; teacher_temp is its value"
+BANK = "no bank of neighbours yet; the loss of the neighbours is compared"
+TIES = "ranx has an order of its own for equal scores"
 EXEMPT = {
   "augment_ops": {
     "pil_version": INFO,
@@ -52,6 +61,31 @@ EXEMPT = {
     "epoch": SCHEDULE,
   },
   "dist2_ntxent_simclr": {"precision": INFO},
+  "metrics_retrieval": {
+    "ranx_ndcg_cut_10_ties": TIES,
+    "ranx_map_ties": TIES,
+    "ranx_recip_rank_ties": TIES,
+    "ranx_recall_10_ties": TIES,
+  },
+  "metrics_segmentation": {"jaccard_micro": "all classes as one; not reported by clj"},
+  "nnclr": {
+    "z0": BANK,
+    "z1": BANK,
+    "bank": BANK,
+    "bank_size": BANK,
+    "bank_ptr": BANK,
+    "bank_after": BANK,
+    "bank_ptr_after": BANK,
+    "nn_index0": BANK,
+    "nn_index1": BANK,
+  },
+  "pos_embed_interpolation": {
+    "precision": INFO,
+    "patch_size": "of the images; the grids are in patches",
+  },
+  "sbert_cached_symmetric": {
+    "mini_batch_size": "does not divide the batch, as clj's chunks do",
+  },
   "dpr_nll": {
     "hard_negative_idx": "the official loss does not use it",
     "correct": "neither loss nor gradient",
@@ -73,6 +107,48 @@ EXEMPT = {
 }
 
 TOKENS = "clip_tokens"  # texts and ids, no arrays; `test_clip_tokens` answers it
+
+ELSEWHERE = {  # file -> the test that compares it
+  "layer_decay": "schedules_test.py",
+  "schedules": "schedules_test.py",
+}
+
+# File -> what is missing. A line goes when its case comes.
+DINO_MODEL = "no layout of this checkpoint in clj/interop"
+TEXT_MODEL = "no text tower of this kind"
+NOT_YET = {
+  "audio_frontends": "no audio",
+  "dinov2_block": "no SwiGLU, no drop path of a fixed number of examples",
+  "dist2_lejepa": "no LeJEPA",
+  "dist4_lejepa": "no LeJEPA",
+  "lejepa": "no LeJEPA",
+  "lightgcn_propagation": "no graphs; `lightgcn_bpr` propagates in its own case",
+  "masks": "no random masks of blocks",
+  "matryoshka": "no Matryoshka loss",
+  "metrics_coco": "no evaluation of detection",
+  "metrics_sts": "no evaluation of sentence similarity",
+  "mmcr": "no MMCR",
+  "msn": "no MSN",
+  "rope_dinov3": "no rotary positions",
+  "sbert_distill": "neither MarginMSE nor the KL divergence of given scores",
+  "sbert_gist": "no negatives masked by a guide",
+  "tico": "no TiCo",
+  "vicregl_local": "no VICReg of matched positions",
+  "models/bert": TEXT_MODEL,
+  "models/dinov2": DINO_MODEL,
+  "models/dinov2_swiglu": DINO_MODEL,
+  "models/dinov2_with_registers": DINO_MODEL,
+  "models/dinov3_vit": DINO_MODEL,
+  "models/dinov3_vit_swiglu": DINO_MODEL,
+  "models/modernbert": TEXT_MODEL,
+  "models/mpnet": TEXT_MODEL,
+  "models/official_dinov2": DINO_MODEL,
+  "models/official_dinov2_reg_swiglu": DINO_MODEL,
+  "models/official_dinov3": DINO_MODEL,
+  "models/official_dinov3_swiglu_untied": DINO_MODEL,
+  "models/official_imagebind": "no audio, depth, thermal and motion towers",
+  "models/roberta": TEXT_MODEL,
+}
 
 
 class Golden(dict):
@@ -259,6 +335,17 @@ def _(g):
   )
   after = losses.update_center(center, teacher, g["center_momentum"])
   return answer | {"center_after": after}
+
+
+@golden("simsiam")
+def _(g):
+  z1, z2 = jnp.asarray(g["z1"]), jnp.asarray(g["z2"])
+
+  def loss(p1, p2):
+    # BYOL's is 2 - 2 cos a direction, and the sum of both.
+    return (losses.byol(p1, z2) + losses.byol(p2, z1) - 4) / 4
+
+  return grads(loss, p1=g["p1"], p2=g["p2"])
 
 
 @golden("dinov2_dino")
@@ -480,6 +567,57 @@ def _(g):
   return answer
 
 
+@golden("dcl")
+def _(g):
+  # Without the positive in the denominator: the primitive, whose logits are relative to
+  # the positive's, without the softplus.
+  scale, unit = 1 / g["temperature"], losses.l2_normalize
+
+  def both(z0, z1):
+    m0, m1 = softmax.log_sum_exp_self(z0, z1, scale, normalize=True)
+    return jnp.mean(m0 + m1) / 2
+
+  def cosine(z0, z1):
+    return jnp.sum(unit(z0) * unit(z1), axis=1)
+
+  def weights(z0, z1):
+    return 2 - len(z0) * jax.nn.softmax(cosine(z0, z1) / g["sigma"])
+
+  def weighted(z0, z1):
+    weight = jax.lax.stop_gradient(weights(z0, z1))
+    return both(z0, z1) + jnp.mean((1 - weight) * scale * cosine(z0, z1))
+
+  inputs = {k: jnp.asarray(g[k], jnp.float32) for k in ("z0", "z1")}
+  return {
+    **grads(both, **inputs),
+    **grads(weighted, "_weighted", **inputs),
+    "weights": weights(**inputs),
+  }
+
+
+@golden("graphcl")
+def _(g):
+  # Neither has this the positive in the denominator.
+  def loss(x, x_aug):
+    return jnp.mean(
+      softmax.log_sum_exp(x, x_aug, 1 / g["temperature"], aligned=True, normalize=True)
+    )
+
+  return grads(loss, x=g["x"], x_aug=g["x_aug"])
+
+
+@golden("nnclr")
+def _(g):
+  nn0, nn1 = (jnp.asarray(g[k], jnp.float32) for k in ("nn0", "nn1"))
+
+  def loss(p0, p1):
+    # lightly's form: the neighbours are rows, too.
+    one_way = lambda z, p: losses.nt_xent(z, p, g["temperature"])
+    return (one_way(nn0, p1) + one_way(nn1, p0)) / 2
+
+  return grads(loss, p0=g["p0"], p1=g["p1"])
+
+
 @golden("dist2_ntxent_simclr")
 def _(g):
   ranks = len(g["per_replica_hidden"])
@@ -586,6 +724,31 @@ def _(g):
     **grads(one_way, "_with_negative", **pair, negative=g["negative"]),
     **grads(symmetric, "_symmetric", **pair),
     **grads(all_directions, "_gte_all_directions", **pair),
+  }
+
+
+@golden("sbert_cached_symmetric")
+def _(g):
+  scale = g["scale"]
+  unit = lambda z: losses.encode_in_chunks(losses.l2_normalize, z, 4)
+
+  def loss(anchor, positive, negative=None, symmetric=True):
+    return losses.info_nce(
+      unit(anchor),
+      unit(positive),
+      1 / scale,
+      negatives=None if negative is None else unit(negative),
+      symmetric=symmetric,
+    )
+
+  def one_way(**x):
+    return loss(**x, symmetric=False)
+
+  pair = {k: g[k] for k in ("anchor", "positive")}
+  return {
+    **grads(loss, **pair),
+    **grads(loss, "_with_negative", **pair, negative=g["negative"]),
+    **grads(one_way, "_oneway_with_negative", **pair, negative=g["negative"]),
   }
 
 
@@ -987,20 +1150,161 @@ def _(g):
   return {name: jnp.moveaxis(x, -3, -1) for name, x in images.items()}
 
 
-# The table against the directory.
+# Positions of a ViT.
 
 
-def test_every_file_has_a_line(golden_dir):
-  files = {os.path.splitext(f)[0] for f in os.listdir(golden_dir) if f != "README.md"}
-  without = sorted(files - set(TABLE) - {TOKENS})
+@golden("pos_embed_interpolation")
+def _(g):
+  cls, table = jnp.asarray(g["pos_embed"][0, :1]), jnp.asarray(g["pos_embed"][0, 1:])
+  side, grids = int(len(table) ** 0.5), g["grids"].tolist()
+  offset = g["interpolate_offset"]
+  forms = {
+    "out_size": {"antialias": False},
+    "out_offset": {"antialias": False, "offset": offset},
+    "out_size_antialias": {},
+    "out_offset_antialias": {"offset": offset},
+  }
+
+  def resized(table, grid, options):
+    table = table.reshape(side, side, -1)
+    patches = resize_positions(table, *grid, **options)
+    return jnp.concatenate([cls, patches.reshape(-1, table.shape[-1])])[None]
+
+  @jax.jit
+  def all_of_them(table):
+    return {
+      f"{name}_{i}": resized(table, grid, options)
+      for name, options in forms.items()
+      for i, grid in enumerate(grids)
+    }
+
+  answer = all_of_them(table)
+  for i in range(len(grids)):
+    answer[f"hf_dinov2_{i}"] = answer[f"out_size_{i}"]
+    answer[f"hf_dinov2_with_registers_{i}"] = answer[f"out_size_antialias_{i}"]
+  return answer
+
+
+# Evaluations.
+
+
+@golden("metrics_retrieval")
+def _(g):
+  ours = {
+    "ndcg_cut_10": "ndcg@10",
+    "map": "map",
+    "map_cut_10": "map@10",
+    "recip_rank": "mrr",
+    "recall_10": "recall@10",
+    "recall_20": "recall@20",
+    "P_10": "precision@10",
+  }
+  relevance, answer = g["relevance"], {}
+  for suffix in ("", "_ties"):
+    found = ranking(g[f"score{suffix}"], relevance, ks=(10, 20))
+    answer |= {f"{theirs}{suffix}": found[name] for theirs, name in ours.items()}
+  # ranx was not given the queries without a relevant document.
+  asked = (relevance > 0).any(1)
+  for name in ("ndcg_cut_10", "map", "recip_rank", "recall_10"):
+    answer[f"ranx_{name}"] = np.where(asked, answer[name], np.nan)
+  return answer
+
+
+@golden("metrics_recommendation")
+def _(g):
+  # Items of the training set come last, and users without a test item do not count.
+  score = np.where(g["train_mask"], -np.inf, g["score"])
+  asked, ks = g["test_mask"].any(1), g["topks"].tolist()
+  found = ranking(score, g["test_mask"], ks=tuple(ks))
+  found = {name: np.where(asked, x, np.nan) for name, x in found.items()}
+  answer = {}
+  for name in ("recall", "precision", "ndcg"):
+    per_user = np.stack([found[f"{name}@{k}"] for k in ks], axis=1)
+    answer[name] = np.nanmean(per_user, axis=0)
+    if name != "precision":
+      answer[f"{name}_per_user"] = per_user
+  for name in ("recall", "ndcg", "map", "mrr"):
+    answer[f"foldout_{name}20"] = np.nanmean(found[f"{name}@20"])
+  return answer
+
+
+@golden("metrics_segmentation")
+def _(g):
+  prediction, target = g["prediction"], g["target"]
+  options = {"num_classes": g["num_classes"], "ignore": g["ignore_index"]}
+  each = [
+    segmentation.confusion(*image, **options) for image in zip(prediction, target)
+  ]
+  matrix = sum(each)
+  found = segmentation.scores(matrix)
+  per_image = [segmentation.scores(one)["miou"] for one in each]
+  return {
+    "confusion": matrix,
+    # torchmetrics gives 0 to a class that is nowhere, and leaves it out of the mean.
+    "iou_per_class": np.nan_to_num(found["iou"]),
+    "jaccard_macro": found["miou"],
+    "jaccard_weighted": found["fwiou"],
+    "miou_dataset_nanmean": found["miou"],
+    "miou_per_image_mean": np.mean(per_image),
+    "all_accuracy": found["pixel_accuracy"],
+    "mean_class_accuracy_nanmean": found["mean_accuracy"],
+    "mmseg_iou": found["iou"],
+    "mmseg_acc": found["accuracy"],
+    "mmseg_dice": found["dice"],
+    "mmseg_miou": found["miou"],
+    "mmseg_macc": found["mean_accuracy"],
+    "mmseg_mdice": found["mean_dice"],
+    "mmseg_aacc": found["pixel_accuracy"],
+  }
+
+
+# The table against the directories.
+
+MODEL = ("config.json", "golden.npz", "model.safetensors")  # one line for the three
+
+
+def files_of(directory):
+  """The names that need a line: paths without their ending, a model's folder once."""
+  names = set()
+  for folder, _, files in os.walk(directory, followlinks=True):
+    inside = os.path.relpath(folder, directory)
+    if inside.startswith("models" + os.sep) and set(files) == set(MODEL):
+      names.add(inside)
+      continue
+    paths = (os.path.normpath(os.path.join(inside, file)) for file in files)
+    names |= {os.path.splitext(path)[0] for path in paths if path != "README.md"}
+  return names
+
+
+def test_every_file_has_one_line(golden_dirs):
+  lines = collections.Counter([*TABLE, TOKENS, *ELSEWHERE, *NOT_YET])
+  count = collections.Counter(name for path in golden_dirs for name in files_of(path))
+  several = sorted(name for name in count if count[name] > 1)
+  assert not several, f"in more than one directory: {several}"
+  files = set(count)
+  without = sorted(files - set(lines))
   assert not without, f"no line for {without}"
-  gone = sorted((set(TABLE) | {TOKENS}) - files)
+  twice = sorted(name for name in lines if lines[name] > 1)
+  assert not twice, f"more than one line for {twice}"
+  if len(golden_dirs) == 1:
+    pytest.skip(
+      f"only {golden_dirs[0]!r}; lines of other directories are not looked at"
+    )
+  gone = sorted(set(lines) - files)
   assert not gone, f"lines without a file: {gone}"
 
 
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_what_is_compared_elsewhere(name):
+  path = os.path.join(os.path.dirname(__file__), ELSEWHERE[name])
+  assert os.path.exists(path), f"{name}: there is no {ELSEWHERE[name]}"
+  with open(path) as file:
+    assert re.search(rf'["/]{name}(\.npz)?"', file.read()), f"{path}: no {name}"
+
+
 @pytest.mark.parametrize("name", sorted(TABLE))
-def test_golden(golden_dir, name):
-  g = Golden(os.path.join(golden_dir, f"{name}.npz"))
+def test_golden(golden_file, name):
+  g = Golden(golden_file(f"{name}.npz"))
   fn = TABLE[name]
   answer = fn(g, name) if fn in (lars, open_clip, simcse) else fn(g)
   exempt = set(EXEMPT.get(name, ()))
@@ -1012,22 +1316,37 @@ def test_golden(golden_dir, name):
   assert set(answer) <= set(g), f"not in the file: {sorted(set(answer) - set(g))}"
   for key, value in answer.items():
     want, got = np.asarray(dict.__getitem__(g, key)), np.asarray(value, np.float64)
-    assert got.shape == want.shape, f"{key}: {got.shape} in place of {want.shape}"
-    limit = TOLERANCE * np.max(np.abs(want))
-    worst = np.max(np.abs(got - want))
-    assert worst <= limit, f"{key}: off by {worst:.2e}, {limit:.2e} allowed"
+    compare(key, got, want)
 
 
-def test_clip_tokens(golden_dir, tfds_data_dir):
+def compare(key, got, want):
+  assert got.shape == want.shape, f"{key}: {got.shape} in place of {want.shape}"
+  nan = np.isnan(want)
+  np.testing.assert_array_equal(np.isnan(got), nan, err_msg=f"{key}: NaN")
+  got, want = got[~nan], want[~nan]
+  limit = TOLERANCE * np.max(np.abs(want))
+  worst = np.max(np.abs(got - want))
+  assert worst <= limit, f"{key}: off by {worst:.2e}, {limit:.2e} allowed"
+
+
+def test_clip_tokens(golden_file, tfds_data_dir):
   vocabulary = os.path.join(tfds_data_dir, "tokenizers", "bpe_simple_vocab_16e6.txt.gz")
   if not os.path.isfile(vocabulary):
     pytest.skip(f"no vocabulary of CLIP at {vocabulary!r}")
-  with open(os.path.join(golden_dir, f"{TOKENS}.json")) as file:
+  with open(golden_file(f"{TOKENS}.json")) as file:
     golden = json.load(file)
-  tokenizer = text.open_tokenizer(vocabulary, length=77)
-  ids, mask, truncated = tokenizer.encode([entry["text"] for entry in golden])
-  np.testing.assert_array_equal(ids, [entry["ids"] for entry in golden])
+  texts, want = [entry["text"] for entry in golden], [entry["ids"] for entry in golden]
+  want = np.array(want)
+  length = want.shape[1]
+  tokenizer = text.open_tokenizer(vocabulary, length=length)
+  ids, mask, truncated = tokenizer.encode(texts)
+  np.testing.assert_array_equal(ids, want)
   assert tokenizer.vocab_size == 49408
-  assert truncated == 1
+  # A text is cut whose row in the file ends before its words do.
+  longer = text.open_tokenizer(vocabulary, length=max(map(len, texts)) + 2)
+  whole, _, none = longer.encode(texts)
+  end = 49407
+  assert none == 0
+  assert truncated == np.sum((whole == end).argmax(1) > (want == end).argmax(1))
   # Padding is the id of "!", so only the end token tells where it begins.
-  np.testing.assert_array_equal(mask.sum(1), (ids == 49407).argmax(1) + 1)
+  np.testing.assert_array_equal(mask.sum(1), (want == end).argmax(1) + 1)

@@ -1,7 +1,5 @@
 """Optimisers against the official ones, their schedules, and masks by name."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +50,8 @@ def lars_steps(golden, options):
 
 
 @pytest.mark.parametrize("name", LARS)
-def test_lars_is_the_official_one(name, golden_dir):
-  golden = np.load(os.path.join(golden_dir, f"lars_{name}.npz"))
+def test_lars_is_the_official_one(name, golden_file):
+  golden = np.load(golden_file(f"lars_{name}.npz"))
   slot, sign = SLOTS.get(name.split("_")[0], ("mu", 1))
   for step, params, momentum in lars_steps(golden, LARS[name]):
     for n in PARAMETERS:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 from clj.evals import zeroshot
-from clj.evals.retrieval import match_captions, retrieval
+from clj.evals.retrieval import match_captions, ranking, retrieval
 
 
 def mesh(data, fsdp=1):
@@ -166,17 +166,82 @@ def test_names_and_templates_are_read_from_files(tmp_path):
     zeroshot.read_templates(str(tmp_path / "wrong"))
 
 
-def test_captions_belong_to_their_record_or_to_all_with_the_same_words():
-  tokens = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8], [0, 0]])
+CAPTIONS = ["a dog", "a cat", "a dog", "a bird", "a fish", ""]
+
+
+@pytest.mark.parametrize(
+  "captions",
+  [CAPTIONS, np.array([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8], [0, 0]])],
+  ids=["texts", "ids"],
+)
+def test_captions_belong_to_their_record_or_to_all_with_the_same_words(captions):
   image_index = np.array([2, 0, 1, -1, 3])
   # One caption a record: equal ones are one. Record 9 has no image; a row is filler.
   index = np.array([0, 1, 2, 3, 9, -1])
-  images, texts = match_captions(image_index, index, tokens)
+  images, texts = match_captions(image_index, index, captions)
   assert texts[0] == texts[2] != texts[1] and texts[3] not in texts[:3]
   np.testing.assert_array_equal(texts[4:], [-1, -1])
   np.testing.assert_array_equal(images, [texts[2], texts[0], texts[1], -1, texts[3]])
+  assert images.dtype == texts.dtype == np.int32
   # Several: each belongs to its record alone, whatever its words.
   index = np.array([0, 0, 1, 2, 9, -1])
-  images, texts = match_captions(image_index, index, tokens)
+  images, texts = match_captions(image_index, index, captions)
   np.testing.assert_array_equal(texts, [0, 0, 1, 2, -1, -1])
   np.testing.assert_array_equal(images, [2, 0, 1, -1, -1])
+  with pytest.raises(ValueError, match="6 captions of 5 records"):
+    match_captions(image_index, index[:5], captions)
+
+
+def test_captions_that_differ_in_a_word_are_not_the_same():
+  """What counts are the words, not what a tokenizer knows of them."""
+  index = np.arange(3)
+  images, texts = match_captions(index, index, ["a xylophone", "a zebra", "a zebra "])
+  assert len(set(texts.tolist())) == 3
+  np.testing.assert_array_equal(images, texts)
+
+
+def test_ranking_of_two_queries():
+  """Worked by hand; the third query has no relevant document."""
+  score = np.array([[0.9, 0.1, 0.5, 0.7], [1, 1, 0, 2], [0.4, 0.3, 0.2, 0.1]])
+  relevance = np.array([[0, 1, 3, -1], [2, 0, 1, 0], [0, -1, 0, 0]])
+  found = ranking(score, relevance, ks=(1, 3))
+  # The orders are 0, 3, 2, 1 and, of equal ones the later first, 3, 1, 0, 2.
+  log3, log2 = np.log2(3), 1.0
+  expected = {
+    "mrr": [1 / 3, 1 / 3, 0],
+    "mrr@1": [0, 0, 0],
+    "mrr@3": [1 / 3, 1 / 3, 0],
+    "map": [(1 / 3 + 2 / 4) / 2, (1 / 3 + 2 / 4) / 2, 0],
+    "map@1": [0, 0, 0],
+    "map@3": [1 / 6, 1 / 6, 0],
+    "recall@1": [0, 0, 0],
+    "recall@3": [1 / 2, 1 / 2, 0],
+    "precision@1": [0, 0, 0],
+    "precision@3": [1 / 3, 1 / 3, 0],
+    "ndcg@1": [0, 0, 0],
+    "ndcg@3": [
+      3 / np.log2(4) / (3 / log2 + 1 / log3),
+      2 / np.log2(4) / (2 / log2 + 1 / log3),
+      0,
+    ],
+  }
+  assert set(found) == set(expected)
+  for name, values in expected.items():
+    np.testing.assert_allclose(found[name], values, atol=1e-12, err_msg=name)
+  # More than there are: precision counts the missing ones as misses.
+  beyond = ranking(score, relevance, ks=(8,))
+  np.testing.assert_allclose(beyond["recall@8"], [1, 1, 0])
+  np.testing.assert_allclose(beyond["precision@8"], [2 / 8, 2 / 8, 0])
+  perfect = ranking(relevance, relevance, ks=(4,))
+  np.testing.assert_allclose(perfect["ndcg@4"], [1, 1, 0])
+  np.testing.assert_allclose(perfect["map"], [1, 1, 0])
+
+
+def test_ranking_refuses_what_has_no_order():
+  x = np.ones((2, 3))
+  with pytest.raises(ValueError, match=r"give \[Q, D\] twice"):
+    ranking(x, x[:, :2])
+  with pytest.raises(ValueError, match="1 scores are NaN"):
+    ranking(np.where(np.eye(2, 3) * [[1], [0]], np.nan, x), x)
+  with pytest.raises(ValueError, match="cut at 1 or more"):
+    ranking(x, x, ks=(0, 1))

@@ -18,6 +18,7 @@ from clj.evals.rows import check_rows, context_mesh, normalize, shard_rows
 # the same bits: queries at a time (over all devices), rows of the bank at a time.
 QUERIES = 256
 BLOCK = 1024
+LEAST = 1e-30  # the weight of a neighbour so far away that it would round to 0
 
 
 def knn(
@@ -45,7 +46,9 @@ def knn(
     temperature: T.
 
   Returns:
-    "top1" and, with more than five classes, "top5": shares of the test rows.
+    "top1" and, with more than five classes, "top5": shares of the test rows. A class
+    that none of the neighbours is of is no prediction, so that top5 may be of fewer
+    than five classes.
 
   Raises:
     ValueError: no labelled row in one of the sets, or shapes that do not fit.
@@ -105,16 +108,17 @@ def _count(mesh: Mesh, num_classes: int, k: int, queries: int):
       )
       sim_Qn = jnp.moveaxis(sim_bQn, 0, 1).reshape(len(query_Qd), -1)
       sim_Qn = jnp.where(label_n[None] >= 0, sim_Qn, -jnp.inf)
+      best_Q1 = jax.lax.pmax(sim_Qn.max(1), axes)[:, None]
+      weight_Qn = jnp.exp((sim_Qn - best_Q1) / temperature)
+      # However far away, a neighbour has a vote.
       weight_Qn = jnp.where(
-        _nearest(sim_Qn, near, axes),
-        jnp.exp((sim_Qn - jax.lax.pmax(sim_Qn.max(1), axes)[:, None]) / temperature),
-        0.0,
+        _nearest(sim_Qn, near, axes), jnp.maximum(weight_Qn, LEAST), 0.0
       )
       vote_Qc = jax.lax.psum(
         jnp.matmul(weight_Qn, label_nc, precision=jax.lax.Precision.HIGHEST), axes
       )
-      _, best = jax.lax.top_k(vote_Qc, min(5, num_classes))
-      right = (best == target_Q[:, None]) & (target_Q[:, None] >= 0)
+      votes, best = jax.lax.top_k(vote_Qc, min(5, num_classes))
+      right = (best == target_Q[:, None]) & (target_Q[:, None] >= 0) & (votes > 0)
       return right[:, 0].sum(), right.sum(), (target_Q >= 0).sum()
 
     top1, top5, test = jax.lax.map(

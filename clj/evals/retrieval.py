@@ -2,7 +2,7 @@
 
 The protocol of CLIP_benchmark and of the published tables: a query is answered where
 any of its true matches is among the k most similar candidates (not which share of them
-is).
+is). `ranking` has the measures of text retrieval and recommendation, which do count.
 """
 
 import functools
@@ -68,7 +68,7 @@ def retrieval(
   return found
 
 
-def match_captions(image_index, index, tokens) -> tuple[np.ndarray, np.ndarray]:
+def match_captions(image_index, index, captions) -> tuple[np.ndarray, np.ndarray]:
   """Ids for `retrieval`, from the records that images and captions belong to.
 
   An image belongs to the captions of its record. Where each record has a single
@@ -77,21 +77,80 @@ def match_captions(image_index, index, tokens) -> tuple[np.ndarray, np.ndarray]:
   Args:
     image_index: int `[N]`, the record of each image; -1 where there is none.
     index: int `[M]`, the record of each caption, or -1.
-    tokens: int `[M, L]`, of each caption; equal where it is.
+    captions: the M texts, "" where there is none; equal where all characters are. An
+      array of token ids `[M, L]` is taken as well, but to it all unknown words are one.
 
   Returns int32 `[N]` and `[M]`. Captions whose image is missing have id -1, as have
   images without a caption.
   """
+  if len(captions) != len(index):
+    raise ValueError(f"{len(captions)} captions of {len(index)} records: give one each")
   index = np.where(np.isin(index, image_index), index, -1)
   there = index >= 0
   ids = index
   if there.any() and np.bincount(index[there]).max() == 1:
-    _, same = np.unique(tokens, axis=0, return_inverse=True)
-    ids = np.where(there, same.reshape(-1), -1)
+    if isinstance(captions, np.ndarray) and captions.ndim == 2:
+      captions = map(tuple, captions.tolist())
+    number = {}
+    same = [number.setdefault(caption, len(number)) for caption in captions]
+    ids = np.where(there, same, -1)
   of_record = np.full(max(index.max(), image_index.max()) + 1, -1, np.int32)
   of_record[index[there]] = ids[there]
   image_ids = np.where(image_index >= 0, of_record[image_index], -1)
   return image_ids.astype(np.int32), ids.astype(np.int32)
+
+
+def ranking(score, relevance, *, ks: tuple[int, ...] = (10,)) -> dict[str, np.ndarray]:
+  """Measures of rankings with graded relevance, query by query, as trec_eval has them.
+
+  Args:
+    score: `[Q, D]`, NumPy, of every document for every query; the largest comes first,
+      and of equal ones the later document (trec_eval: ids in descending order). -inf
+      takes a document to the end.
+    relevance: `[Q, D]` grades: above 0 is relevant, 0 or below (not judged) is not.
+    ks: how many documents of each ranking count where a measure is "@K".
+
+  Returns, each `[Q]` float64, 0 for queries without a relevant document (leave them out
+  of the mean, or not, as the benchmark does):
+    "recall@K": share of the relevant documents that are among the first K.
+    "precision@K": share of the first K that are relevant.
+    "ndcg@K": the sum of grade / log2(rank + 1) over the first K, as a share of that of
+      the best order (linear in the grade, not 2^grade - 1).
+    "map" and "map@K": the sum of the precision at the rank of each relevant document
+      found (among the first K), divided by the number of relevant documents.
+    "mrr" and "mrr@K": 1 / rank of the first relevant document (0 beyond K).
+
+  Raises:
+    ValueError: shapes that differ, scores that are not numbers, a k below 1.
+  """
+  score, relevance = np.asarray(score, np.float64), np.asarray(relevance)
+  if score.ndim != 2 or score.shape != relevance.shape:
+    raise ValueError(
+      f"scores {score.shape} and relevance {relevance.shape}: give [Q, D] twice"
+    )
+  if np.isnan(score).any():
+    raise ValueError(f"{np.isnan(score).sum()} scores are NaN: they have no order")
+  if min(ks, default=1) < 1:
+    raise ValueError(f"ks={ks}: a ranking is cut at 1 or more documents")
+  order = score.shape[1] - 1 - np.argsort(-score[:, ::-1], axis=1, kind="stable")
+  gain = np.maximum(np.take_along_axis(relevance, order, axis=1), 0)
+  hit, best = gain > 0, -np.sort(-gain, axis=1)
+  rank = np.arange(1, score.shape[1] + 1)
+  total = np.maximum(hit.sum(1), 1)
+  precision = np.cumsum(hit, axis=1) / rank
+  found = {
+    "map": (precision * hit).sum(1) / total,
+    "mrr": (hit / rank).max(1, initial=0),
+  }
+  for k in ks:
+    top, discount = hit[:, :k], np.log2(rank[:k] + 1)
+    ideal = (best[:, :k] / discount).sum(1)
+    found[f"recall@{k}"] = top.sum(1) / total
+    found[f"precision@{k}"] = top.sum(1) / k
+    found[f"ndcg@{k}"] = (gain[:, :k] / discount).sum(1) / np.where(ideal, ideal, 1)
+    found[f"map@{k}"] = (precision[:, :k] * top).sum(1) / total
+    found[f"mrr@{k}"] = (top / rank[:k]).max(1, initial=0)
+  return found
 
 
 def _chance(matches: np.ndarray, candidates: int, k: int) -> np.ndarray:

@@ -37,11 +37,28 @@ def sincos2d(rows, columns, width):
   )
 
 
-def resize_positions(table, rows, columns):
-  """A learned table `[h, w, D]` for another grid: bicubic, antialiased."""
-  if table.shape[:2] == (rows, columns):
+def resize_positions(table, rows, columns, *, antialias=True, offset=0.0):
+  """A learned table `[h, w, D]` for another grid, bicubic; as it is for the same grid.
+
+  antialias: without, the other cubic kernel that PyTorch then has (a = -0.75, edges
+    repeated): DINOv2's models without registers (arXiv:2304.07193) expect that.
+  offset: counts into the scale, not the grid: (rows + offset) / h; 0.1 for those.
+  """
+  grid = rows, columns
+  if table.shape[:2] == grid:
     return table
-  return jax.image.resize(table, (rows, columns, table.shape[-1]), "bicubic")
+  # PyTorch leaves an axis of the same length alone, though only where antialiased.
+  axes = [i for i in (0, 1) if not antialias or table.shape[i] != grid[i]]
+  scale = jnp.array([(grid[i] + offset) / table.shape[i] for i in axes])
+  return jax.image.scale_and_translate(
+    table,
+    (*grid, table.shape[-1]),
+    axes,
+    scale,
+    jnp.zeros(len(axes)),
+    "cubic-pytorch",
+    antialias,
+  )
 
 
 class AttentionPool(nn.Module):
