@@ -130,7 +130,7 @@ def test_nothing_intact_is_an_error_and_nothing_is_deleted(tmp_path):
 
 
 def test_rolling_and_best_are_kept(tmp_path):
-  checkpoints = Checkpoints(tmp_path, keep=2, best="eval/knn/top1")
+  checkpoints = Checkpoints(tmp_path, keep=2, best=("eval/knn/top1", 1))
   for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
     checkpoints.save(step, make_state(step), {}, {"eval/knn/top1": score})
     checkpoints.wait()

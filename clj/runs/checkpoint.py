@@ -39,7 +39,8 @@ class CheckpointError(UserError):
 class Checkpoints:
   """The checkpoints of one workdir, newest `keep` and the best one kept.
 
-  best: name of the metric whose highest value marks the best checkpoint, or None.
+  best: (name, sign) of the metric whose highest (1) or lowest (-1) value marks the best
+    checkpoint, or None.
   committed: called with the step of each checkpoint that is whole, from another thread.
   """
 
@@ -48,14 +49,14 @@ class Checkpoints:
     workdir,
     *,
     keep: int = 2,
-    best: str | None = None,
+    best: tuple[str, int] | None = None,
     committed: Callable[[int], None] = lambda step: None,
   ):
     # Orbax wants whole paths; a bucket's is one.
     whole = is_remote(workdir)
     self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
-    self.best = best
+    self.best = best or ("", 1)
     self._say_committed = committed
     self._keep = keep
     self._hashing: list[threading.Thread] = []
@@ -90,12 +91,13 @@ class Checkpoints:
         manifest.unlink(missing_ok=True)
     manager.check_for_errors()
     self._newest = step
+    name, sign = self.best
     manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), clock=ocp.args.JsonSave(clock)
       ),
-      metrics={"score": metrics[self.best]} if self.best in metrics else {},
+      metrics={"score": sign * metrics[name]} if name in metrics else {},
       force=True,
     )
     thread = threading.Thread(target=self._finish, args=(step,), daemon=True)
