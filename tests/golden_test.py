@@ -110,6 +110,7 @@ TOKENS = "clip_tokens"  # texts and ids, no arrays; `test_clip_tokens` answers i
 
 ELSEWHERE = {  # file -> the test that compares it
   "layer_decay": "schedules_test.py",
+  "masks": "masks_test.py",
   "schedules": "schedules_test.py",
 }
 
@@ -123,7 +124,6 @@ NOT_YET = {
   "dist4_lejepa": "no LeJEPA",
   "lejepa": "no LeJEPA",
   "lightgcn_propagation": "no graphs; `lightgcn_bpr` propagates in its own case",
-  "masks": "no random masks of blocks",
   "matryoshka": "no Matryoshka loss",
   "metrics_coco": "no evaluation of detection",
   "metrics_sts": "no evaluation of sentence similarity",

@@ -39,7 +39,7 @@ from clj.cli import UserError
 from clj.data import files, images
 from clj.data.source import DataError, first_line
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = images.MAX_PIXELS
 _REASONS = 100  # that are kept of a part
 _VERSION = re.compile(r"\d+\.\d+\.\d+$")
 
