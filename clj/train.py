@@ -65,7 +65,7 @@ def make_train_step(method: Method, tx, augment, schedules=None):
     batch = augment(jax.random.fold_in(rng, 0), batch)
     grad_fn = jax.value_and_grad(gathered_loss, has_aux=True)
     (loss, (extra, aux)), grads = grad_fn(
-      state.params, state.extra, batch, rng, state.step
+      state.params, state.extra, batch, jax.random.fold_in(rng, 1), state.step
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -106,7 +106,7 @@ def build(
   batch: shapes and dtypes of a batch as the data pipeline gives it, by key.
   rules: what lies where, see `sharding.state_shardings`.
   """
-  made, augment = make_method(method, model), make_augment(data)
+  made, augment = make_method(method, model, total_steps), make_augment(data)
   if missing := [key for key in made.needs if key not in batch]:
     raise UserError(
       f"method {method['name']!r} needs {', '.join(missing)} in its batches; "

@@ -615,7 +615,7 @@ def finetune():
       "mask_duplicates": True,
       "locked": "",
       "micro_batch": 0,
-      "average": 0.5,  # share of the trained weights; the paper's advice where unsure
+      "wise_ft": 0.5,  # share of the trained weights; the paper's advice where unsure
       "probe_classes": 0,
     },
     "model": {

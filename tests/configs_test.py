@@ -43,7 +43,7 @@ def test_every_variant_is_whole_and_can_be_built(name):
     config = config.to_dict()
     assert set(config) == KEYS, variant
     json.dumps(config)
-    make_method(config["method"], config["model"])
+    make_method(config["method"], config["model"], config["total_steps"])
     make_augment(config["data"])
     optim.make(
       total_steps=config["total_steps"],

@@ -46,7 +46,7 @@ def program(name, devices):
       views = made.augment(jax.random.fold_in(rng, 0), batch)
       grad_fn = jax.value_and_grad(made.method.loss, has_aux=True)
       (loss, (extra, _)), grads = grad_fn(
-        state.params, state.extra, views, rng, state.step
+        state.params, state.extra, views, jax.random.fold_in(rng, 1), state.step
       )
       return loss, grads, extra
 
@@ -206,8 +206,8 @@ def test_features_do_not_collapse(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_probe_learns_and_changes_nothing_else(name):
   config = smoke(name)
-  plain = make_method(config["method"], config["model"])
-  probed = make_method(config["method"] | {"probe_classes": 9}, config["model"])
+  plain = make_method(config["method"], config["model"], 10)
+  probed = make_method(config["method"] | {"probe_classes": 9}, config["model"], 10)
   assert "label" in probed.needs
   _, made, _ = program(name, 1)
   batch = made.augment(jax.random.key(0), jax.tree.map(jnp.asarray, batches(name, 0)))

@@ -43,7 +43,7 @@ def write_run(directory, config):
     clock["tokenizer"] = tokenizer.fingerprint
     ids, mask, _ = tokenizer.encode(["a red star"] * 2)
     batch |= {"text": ids, "text_mask": mask}
-  method = make_method(config["method"], config["model"])
+  method = make_method(config["method"], config["model"], config["total_steps"])
   params, extra = jax.jit(method.init)(jax.random.key(config["seed"]), batch)
   workdir.record_config(directory, config, 0)
   checkpoints = checkpoint.Checkpoints(directory)

@@ -78,7 +78,7 @@ def load(directory, step: int | None = None, mesh: Mesh | None = None) -> Loaded
   )
   data = open_data(config["data"], workdir=directory, started=True)
   _check_saved(data.saved, checkpoints.clock(step).get("columns", {}), directory)
-  method = make_method(config["method"], config["model"])
+  method = make_method(config["method"], config["model"], config["total_steps"])
   first = lambda *found: next((name for name in found[0]), None)
   text = first(name for name, c in data.columns.items() if c.tokenizer is not None)
   picture = first(name for name, c in data.columns.items() if _is_picture(c))

@@ -24,6 +24,7 @@ from clj.cli import UserError
 from clj.data import text
 from clj.interop import architecture, beside, files, layouts
 from clj.interop.architecture import Model
+from clj.method import average
 from clj.methods import make_method
 from clj.runs import checkpoint, workdir
 from clj.runs.init_from import init_from
@@ -82,15 +83,14 @@ def _read_workdir(directory, step) -> Model:
 
   loaded = load(directory, step)
   config = loaded.config
-  if config["method"]["name"] != "clip":
+  if not {"image", "text"} <= loaded.params.keys():
     raise UserError(
       f"{directory} is of method {config['method']['name']!r}; a layout is for two "
       "towers, those of 'clip'"
     )
-  params, share = loaded.params, config["method"].get("average")
+  params, share = loaded.params, config["method"].get("wise_ft")
   if share is not None:  # what its evaluation takes too
-    mix = lambda old, new: (1 - share) * old + share * new
-    params = jax.tree.map(mix, loaded.extra["start"], params)
+    params = average(loaded.extra["start"], params, share)
   trees = {"params": params, "extra": loaded.extra}
   leaves = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
@@ -174,7 +174,7 @@ def write_workdir(
       )
     config["data"]["text"] = section
 
-  method = make_method(config["method"], config["model"])
+  method = make_method(config["method"], config["model"], config["total_steps"])
   batch = {
     "image": jnp.zeros((1, 1, model.size, model.size, 3)),
     "text": jnp.zeros((1, length), jnp.int32),
