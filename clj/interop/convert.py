@@ -79,7 +79,7 @@ def read(source, *, step=None, facts=None) -> Model:
 
 
 def _read_workdir(directory, step) -> Model:
-  from clj.evaluate import load
+  from clj.evals.load import load
 
   loaded = load(directory, step)
   config = loaded.config

@@ -206,11 +206,10 @@ def _read(path) -> tuple[dict, list[str]]:
   mesh = jax.sharding.get_mesh()
   tree = checkpoints.restore_tree(
     step,
-    lambda leaf: jax.sharding.NamedSharding(
+    lambda _, leaf: jax.sharding.NamedSharding(
       mesh, sharding.spec(leaf, "", mesh.shape["fsdp"])
     ),
+    parts=("params", "extra"),
   )
-  leaves = jax.tree_util.tree_leaves_with_path(
-    {"params": tree["params"], "extra": tree["extra"]}
-  )
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {sharding.name(path): value for path, value in leaves}, []

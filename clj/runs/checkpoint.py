@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from clj import sharding
 from clj.cli import UserError
 from clj.runs import processes
 from clj.runs.workdir import is_remote
@@ -37,7 +38,8 @@ class CheckpointError(UserError):
 class Checkpoints:
   """The checkpoints of one workdir, newest `keep` and the best one kept.
 
-  best: name of the metric whose highest value marks the best checkpoint, or None.
+  best: (name, sign) of the metric whose highest (1) or lowest (-1) value marks the best
+    checkpoint, or None.
   committed: called with the step of each checkpoint that is whole, from another thread.
   """
 
@@ -46,14 +48,14 @@ class Checkpoints:
     workdir,
     *,
     keep: int = 2,
-    best: str | None = None,
+    best: tuple[str, int] | None = None,
     committed: Callable[[int], None] = lambda step: None,
   ):
     # Orbax wants whole paths; a bucket's is one.
     whole = is_remote(workdir)
     self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
-    self.best = best
+    self.best = best or ("", 1)
     self.committed = committed
     self._keep = keep
     self._hashing: list[threading.Thread] = []
@@ -88,7 +90,8 @@ class Checkpoints:
         manifest.unlink(missing_ok=True)
     saver.check_for_errors()
     self._newest = step
-    score = {"score": metrics[self.best]} if self.best in metrics else {}
+    name, sign = self.best
+    score = {"score": sign * metrics[name]} if name in metrics else {}
     saver.save(
       self.directory / str(step),
       args=ocp.args.Composite(
@@ -183,10 +186,13 @@ class Checkpoints:
       )
     return None
 
-  def restore_tree(self, step: int, make_sharding=None):
+  def restore_tree(self, step: int, make_sharding=None, parts=None):
     """Restores the state of `step`, whatever its structure is, as a nested dict.
 
-    make_sharding: shape-and-dtype struct -> sharding; default: the first device.
+    make_sharding: (name, shape-and-dtype struct) -> sharding; default: the first
+      device. The name is "params/encoder/..." and so on.
+    parts: what is restored, such as ("params", "extra"); the rest is not read. None:
+      all of it.
     """
     self._require(step)
     fault = self.fault(step)
@@ -194,17 +200,25 @@ class Checkpoints:
       raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
     path = self.directory / str(step) / "state"
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    make_sharding = make_sharding or (lambda _: first)
 
-    def struct(leaf):
+    def struct(keys, leaf):
       plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=make_sharding(plain))
+      where = make_sharding(sharding.name(keys), plain) if make_sharding else first
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     try:
-      with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+      with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
-        abstract = jax.tree.map(struct, tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return checkpointer.restore(path, abstract)
+        tree = {key: tree[key] for key in tree if parts is None or key in parts}
+        abstract = jax.tree_util.tree_map_with_path(
+          struct, tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
+        wanted = ocp.args.PyTreeRestore(
+          abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        )
+        return checkpointer.restore(path, wanted)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
       raise CheckpointError(f"checkpoint {path}: {_first_line(error)}") from error
 
