@@ -265,6 +265,7 @@ def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
     evals=config["evals"],
     batch_size=batch_size,
     start="before" if config["init_from"] else "untrained",
+    shapes=(program.state.params, program.state.extra),
   )
   state, start, seconds = _first_state(
     directory, config, grid, program, checkpoints, data
@@ -312,7 +313,7 @@ def _first_state(directory, config, grid, program, checkpoints, data):
   restored = checkpoints.restore(program.state)
   if restored is not None:
     state, clock, start = restored
-    data.check_saved(clock.get("columns"), directory)
+    _check_columns(data.saved, clock.get("columns", {}), directory)
     print(f"{directory}: going on from step {start} of {config['total_steps']}")
     workdir.record_config(directory, config, start)
     return state, start, clock["seconds"]
@@ -326,6 +327,17 @@ def _first_state(directory, config, grid, program, checkpoints, data):
     print(report, flush=True)
   workdir.record_config(directory, config, 0)
   return state, 0, 0.0
+
+
+def _check_columns(now: dict, saved: dict, directory):
+  """Refuses data whose values mean something else than to the checkpoint."""
+  for name in now.keys() | saved.keys():
+    if now.get(name) != saved.get(name):
+      raise UserError(
+        f"{directory}: column {name!r} is not what the checkpoint was trained with "
+        f"({saved.get(name)} there, {now.get(name)} now); its values would mean "
+        "something else: put the data, or the directory tokenizer, back"
+      )
 
 
 def _check_limits(program, limits):
