@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clj import optim, sharding, train
-from clj.data import pipeline, sources, text
+from clj.data import open_data
 from clj.methods import METHODS, make_method
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_steps.json"
@@ -30,14 +30,15 @@ def program(name, devices):
   """The smoke recipe on some devices, compiled once for all tests."""
   config = smoke(name)
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-  batch = {
-    k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))
-    for k, v in batches(name, 0).items()
-  }
-  keys = ("seed", "batch_size", "total_steps", "method", "model", "data", "optim")
+  batch = train.batch_shapes(opened(name), config["batch_size"], mesh)
+  keys = ("seed", "batch_size", "method", "model", "optim")
   with jax.set_mesh(mesh):
     made = train.build(
-      batch, mesh, **{k: config[k] for k in keys} | {"total_steps": 40}
+      batch,
+      mesh,
+      total_steps=40,
+      augment=config["data"]["augment"],
+      **{k: config[k] for k in keys},
     )
 
     def examine(state, batch):
@@ -55,30 +56,15 @@ def program(name, devices):
 
 
 @functools.cache
-def source(name):
-  data = smoke(name)["data"]
-  opened = sources.open_config(data, "train_split")
-  if not data.get("text"):
-    return opened
-  tokenizer = text.open_tokenizer(
-    captions=lambda: sources.captions_of(opened), **data["text"]
-  )
-  return sources.tokenized(opened, tokenizer)
+def opened(name):
+  return open_data(smoke(name)["data"])
 
 
 def batches(name, step):
   config = smoke(name)
-  data = config["data"]
   return next(
-    pipeline.batches(
-      source(name),
-      seed=config["seed"],
-      batch_size=config["batch_size"],
-      step=step,
-      size=data["size"],
-      views=data["views"],
-      scale=data["crop_scale"],
-      ratio=data["crop_ratio"],
+    opened(name).batches(
+      seed=config["seed"], batch_size=config["batch_size"], step=step
     )
   )
 
@@ -196,8 +182,8 @@ def test_features_do_not_collapse(name):
   mesh, made, _ = program(name, 8)
   with jax.set_mesh(mesh):
     state = to_devices(states[20], made)
-    pictures = np.stack([batches(name, s)["image"][:, 0] for s in range(4)])
-    batch = {"image": pictures.reshape(-1, 1, *pictures.shape[2:]) / np.float32(255)}
+    pictures = np.concatenate([batches(name, s)["image"] for s in range(4)])
+    batch = {"image": pictures[:, None] / np.float32(255)}
     features = made.method.embed(state.params, state.extra, batch)["features"]
   unit = features / jnp.linalg.norm(features, axis=1, keepdims=True)
   assert float(jnp.mean(jnp.std(unit, axis=0))) * np.sqrt(unit.shape[1]) > 0.1
