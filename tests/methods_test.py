@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clj import optim, sharding, train
+from clj import models, optim, sharding, train
 from clj.data import open_data
 from clj.methods import METHODS, make_method
 
+# Tokens of a transformer that all examples share: of one axis, and no norm or bias.
+TOKENS = r"(^|/)(cls|cls_position|mask|position)$"
 GOLDEN = pathlib.Path(__file__).parent / "golden_steps.json"
 
 
@@ -165,15 +167,17 @@ def test_loss_keeps_the_structure_of_extra(name):
   assert not any(x.weak_type for x in jax.tree.leaves((state.params, state.extra)))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_gradient_flows_into_every_parameter(name):
+@pytest.mark.parametrize("name", [*METHODS, "lit"])
+def test_gradient_flows_into_every_parameter_but_the_locked(name):
   _, states = run(name, 8, 20)
   mesh, made, examine = program(name, 8)
   with jax.set_mesh(mesh):
     batch = sharding.to_global(batches(name, 5), mesh)
     _, grads, _ = examine(to_devices(states[5], made), batch)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.any(np.asarray(grad) != 0), sharding.name(path)
+    leaf_name = sharding.name(path)
+    locked = optim.matches(made.method.locked, leaf_name)
+    assert np.any(np.asarray(grad) != 0) != locked, leaf_name
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -222,11 +226,26 @@ def test_probe_learns_and_changes_nothing_else(name):
   assert "probe/accuracy" not in aux.metrics
 
 
+def unknown_names(params):
+  """Of parameters of one axis that the optimisers would decay and adapt."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = sharding.name(path)
+    if leaf.ndim == 1 and not optim.matches(f"{optim.NORM_AND_BIAS}|{TOKENS}", name):
+      yield name
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_names_of_parameters_are_known_to_the_optimiser(name):
   """Norms and biases are named so that the masks find them."""
   _, made, _ = program(name, 8)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(made.state.params):
-    leaf_name = sharding.name(path)
-    if leaf.ndim == 1:
-      assert optim.matches(optim.NORM_AND_BIAS, leaf_name), leaf_name
+  assert not list(unknown_names(made.state.params))
+
+
+@pytest.mark.parametrize("pool", ["cls", "map"])
+def test_names_of_a_transformers_parameters_are_known(pool):
+  network = models.image("vit_test", mask_token=True, registers=2, pool=pool)
+  image = jnp.zeros((1, 16, 16, 3))
+  params, _ = jax.eval_shape(network.init, jax.random.key(0), image)
+  assert "mask" in params
+  assert not list(unknown_names(params))
+  assert list(unknown_names({"tower": {"weight": params["mask"]}})) == ["tower/weight"]
