@@ -2,7 +2,7 @@
 
     "columns": {
       "image": {"kind": "image", "memory_size": 32},
-      "query": {"kind": "text", "field": "question", "tokenizer": "words", "length": 64},
+      "query": {"kind": "text", "field": "question", "tokenizer": "bpe", "length": 64},
       "answer": {"kind": "text", "same_as": "query", "length": 256},
       "label": {"kind": "label"},
     }

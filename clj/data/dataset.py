@@ -40,7 +40,7 @@ def _section(
 ) -> dict:
   """The section `data`, with what it leaves out."""
   return {
-    "source": source,
+    "source": source or next((part.get("source", "") for part in mixture or ()), ""),
     "train_split": train_split,
     "test_split": test_split,
     "data_dir": data_dir,
@@ -96,7 +96,7 @@ class Split:
     self, source: Source, columns: dict[str, Column], threads: int, limit: int
   ):
     self.source, self.columns, self.name = source, columns, source.name
-    self._threads, self._limit = threads or None, limit
+    self._threads, self._limit, self._texts = threads or None, limit, {}
     self.classes = {name: column.class_names for name, column in columns.items()}
     self.keys = ("index", *(key for c in columns.values() for key in _keys(c, True)))
 
@@ -194,10 +194,11 @@ class Split:
     """Every text of a column, and the record of each, int32 [M]."""
     if column not in self.source.gives:
       raise DataError(f"{self.name} has no column {column!r} of texts")
-    return self._texts(column)
+    if column not in self._texts:  # what is streamed is read for its texts once
+      self._texts[column] = self._read_texts(column)
+    return self._texts[column]
 
-  @functools.lru_cache(maxsize=4)  # what is streamed is read for its texts once
-  def _texts(self, column):
+  def _read_texts(self, column):
     said, index = [], []
     bad = self.bad if self.held is not None else {}
     for i, value in self.source.values(column):
@@ -249,7 +250,7 @@ class Data:
     self._source = source
     self.saved = {name: c.saved for name, c in columns.items() if c.saved}
     self.limits = {k: v for c in columns.values() for k, v in c.limits.items()}
-    self._others = {}
+    self._splits, self._others = {}, {}
 
   @property
   def constants(self) -> dict[str, np.ndarray]:
@@ -278,11 +279,13 @@ class Data:
   def test(self) -> Split:
     return self.split(self.section["test_split"])
 
-  @functools.cache
   def split(self, name: str) -> Split:
-    """Any split of the same source."""
-    source = _open(self.section, name, self._limit)
-    return Split(source, self.columns, self.section["threads"], self._limit)
+    """Any split of the same source, opened once."""
+    if name not in self._splits:
+      source = _open(self.section | {"mixture": ()}, name, self._limit)
+      split = Split(source, self.columns, self.section["threads"], self._limit)
+      self._splits[name] = split
+    return self._splits[name]
 
   def other(self, section: dict) -> "Data":
     """Another data set for an evaluation, with this one's sizes and tokenizers.
@@ -322,16 +325,16 @@ class Data:
 
     See `pipeline.batches`.
     """
-    if balanced := self.section["balanced"]:
-      if batch_size != balanced["classes"] * balanced["each"]:
-        raise UserError(
-          f"data.balanced has {balanced['classes']} classes of {balanced['each']} each,"
-          f" but batch_size is {batch_size}; set it to their product"
-        )
+    train, balanced = self.train, self.section["balanced"]
+    if balanced and batch_size != balanced["classes"] * balanced["each"]:
+      raise UserError(
+        f"data.balanced has {balanced['classes']} classes of {balanced['each']} each,"
+        f" but batch_size is {batch_size}; set it to their product"
+      )
     return pipeline.batches(
-      self.train.source,
+      train.source,
       list(self.columns.values()),
-      self.train.held,
+      train.held,
       seed=seed,
       batch_size=batch_size,
       step=step,
@@ -414,7 +417,7 @@ def expected_spec(section: dict) -> dict[str, Shape]:
       options["length"] = section["columns"][options["same_as"]]["length"]
     about = About(name, source=source, crops=_crop_sets(section, name))
     columns[name] = _make(COLUMNS[kind], about, options)
-  return _spec(_with_valid(section, columns, None))
+  return _spec(_with_valid(section, columns))
 
 
 def _spec(columns):
@@ -456,7 +459,7 @@ def _opened(section, tokenizers, limit, source=None, lenient=()) -> Data:
     )
     fields.append((kind, field))
     columns[name] = _make(COLUMNS[kind], about, options)
-  return Data(section, _with_valid(section, columns, source), source, limit)
+  return Data(section, _with_valid(section, columns), source, limit)
 
 
 def _make(kind, about, options):
@@ -469,16 +472,15 @@ def _make(kind, about, options):
     raise
 
 
-def _with_valid(section, columns, source):
-  """Marks what some source of a mixture lacks."""
-  del source
-  lacking = set()
-  for part in section["mixture"]:
-    own = part.get("columns") or {}
-    lacking |= {name for name, options in own.items() if not options}
-  return {
-    name: column._replace(valid=name in lacking) for name, column in columns.items()
+def _with_valid(section, columns):
+  """Marks what some source of a mixture lacks; that a label is not there, -1 says."""
+  lacking = {
+    name
+    for part in section["mixture"]
+    for name, options in (part.get("columns") or {}).items()
+    if not options and columns[name].fill.get(name) != -1
   }
+  return {n: column._replace(valid=n in lacking) for n, column in columns.items()}
 
 
 def _crop_sets(section, name):
@@ -489,10 +491,10 @@ def _crop_sets(section, name):
 
 
 def _open(section, split, limit, lenient=()) -> Source:
-  """The source of a section, or its mixture; of the training split only that."""
+  """The source of a section, or its mixture."""
   wants = {n: _want(n, o, n in lenient) for n, o in section["columns"].items()}
   options = {"memory_limit": limit or MEMORY_LIMIT}
-  if not section["mixture"] or split != section["train_split"]:
+  if not section["mixture"]:
     return open_source(
       section["source"], split, section["data_dir"] or None, wants=wants, **options
     )

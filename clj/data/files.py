@@ -4,7 +4,7 @@
                                  beside NAME.jpg, a class a sub-folder
     csv:/path/table.csv          a row a record, see `clj.data.tables`
     parquet:/path/part-*.parquet
-    webdataset:/path/*.tar       shards as img2dataset writes them, see `clj.data.shards`
+    webdataset:/path/*.tar       shards of img2dataset, see `clj.data.shards`
 
 A `{split}` in a path stands for the split: csv:/path/{split}.csv. Without it all that
 there is, is "train".
@@ -30,24 +30,10 @@ from clj.data.source import (
 
 # What a file is, by the end of its name.
 SUFFIXES = {
-  "image": tuple(
-    [
-      ".jpg",
-      ".jpeg",
-      ".jpe",
-      ".png",
-      ".webp",
-      ".bmp",
-      ".gif",
-      ".tif",
-      ".tiff",
-      ".ppm",
-      ".pgm",
-      ".avif",
-    ]
-  ),
-  "audio": tuple([".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au"]),
-}
+  "image": (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+            ".ppm", ".pgm", ".avif"),
+  "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au"),
+}  # fmt: skip
 # A validation split under any of these names answers to "test".
 _TEST_NAMES = ("test", "validation", "val", "valid")
 
@@ -142,7 +128,7 @@ def read_file(path: str) -> bytes:
 
 
 def _scan(root, suffixes):
-  """Files below `root` that end so, relative, in one order on every host; number of others."""
+  """Files below `root` that end so, relative, in one order; number of others."""
   found, others, seen = [], 0, set()
   for folder, inside, names in os.walk(root, followlinks=True):
     real = os.path.realpath(folder)

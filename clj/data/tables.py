@@ -99,10 +99,16 @@ def read_table(kind: str, paths: Sequence[str], wants: dict[str, Want], disk=_Di
           table = parts.read(columns=columns_of(path, parts.schema_arrow, wants))
     except pyarrow.ArrowException as error:
       raise DataError(f"{path} is no table ({first_line(error)})") from None
-    where = pyarrow.array([path]).dictionary_encode()
-    where = pyarrow.DictionaryArray.from_arrays([0] * table.num_rows, where.dictionary)
-    tables.append(table.append_column(_PATH, where.cast(pyarrow.string())))
+    tables.append(_of(path, table))
   return pyarrow.concat_tables(tables, promote_options="permissive")
+
+
+def _of(path, table):
+  """The table, and beside each row the path that it is from."""
+  import pyarrow
+
+  where = pyarrow.repeat(pyarrow.scalar(path), table.num_rows)
+  return table.append_column(_PATH, where)
 
 
 def _read_csv(csv, path, file):
@@ -204,6 +210,16 @@ def column_names(kind: str, path: str) -> list[str]:
     )
   with csv.open_csv(path, parse_options=options) as reader:
     return reader.schema.names
+
+
+def read_groups(path: str, groups: Sequence[int], wants: dict[str, Want]) -> Iterator:
+  """The wanted columns of row groups of a Parquet file, one table after the other."""
+  from pyarrow import parquet
+
+  with parquet.ParquetFile(path) as file:
+    names = columns_of(path, file.schema_arrow, wants)
+    for group in groups:
+      yield _of(path, file.read_row_group(group, columns=names))
 
 
 def row_groups(path: str, least: int) -> Iterator[tuple[list[int], int]]:

@@ -116,11 +116,14 @@ def _reader(records, parts, features, wants):
   def parse(index, raw, columns):
     record = example(columns)(raw)
     values = {column: _value(record[wants[column].field]) for column in columns}
-    for column in columns:
+    for column, value in values.items():
       feature = features[wants[column].field]
-      if isinstance(feature, tfds.features.Audio):
-        if not isinstance(values[column], bytes):
-          values[column] = values[column], feature.sample_rate
+      if isinstance(feature, tfds.features.Audio) and not isinstance(value, bytes):
+        values[column] = value, feature.sample_rate
+      elif (
+        own and wants[column].kind == "label" and np.ndim(value) == 0 and value == -1
+      ):
+        values[column] = None
     return values | {KEY: key_of(index, record)}
 
   def read(indices, columns):
