@@ -10,7 +10,6 @@ leaves the others as they were.
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 from clj.augment import operations
 from clj.augment.crops import ATTEMPTS, crop_boxes, crop_resize
 from clj.cli import UserError
+from clj.data.images import CropSet
 
 Array = jax.Array
 
@@ -40,26 +40,6 @@ CROP = slice(0, 2 * ATTEMPTS + 2)
 FLIP, JITTERED, ORDER, GRAYED, BLURRED, SIGMA, SOLARIZED = range(22, 29)
 FACTORS = slice(29, 33)
 UNIFORMS = 33
-
-
-class CropSet(NamedTuple):
-  """The crops of one `views` entry.
-
-  Attributes:
-    key: of the entry, and of the batch.
-    size: side of the views, pixels.
-    views: how many of each picture.
-    scale: range of a crop's area, as a share of the picture's.
-    ratio: range of a crop's width over height.
-    boxes_of: key of the entry whose boxes these are, "" for boxes of their own.
-  """
-
-  key: str
-  size: int
-  views: int
-  scale: tuple[float, float]
-  ratio: tuple[float, float]
-  boxes_of: str = ""
 
 
 def views(
