@@ -390,8 +390,10 @@ GRAM_OF = {"of": "image", "boxes_of": "image"}
   [
     ({"image": entry(jitter={"strenght": 1})}, "jitter has no option 'strenght'"),
     ({"image": entry(jitter={"brightness": "both"})}, "'multiplicative' or 'additive'"),
-    ({"image": entry(flip=1.5)}, "flip probability 1.5"),
-    ({"image": entry(grayscale=(0.1, 0.2, 0.3))}, "one for each of the 2 views"),
+    ({"image": entry(jitter={"amounts": (0.8,) * 3})}, "amounts is .*; give four num"),
+    ({"image": entry(blur={"sigma": (0, 2)})}, r"blur.sigma is \(0, 2\); give two"),
+    ({"image": entry(flip=1.5)}, "image.flip has the probability 1.5"),
+    ({"image": entry(grayscale=(0.1, 0.2, 0.3))}, "each of the 2 views"),
     ({"image": entry(order=("jitter",))}, "give each of jitter, grayscale, blur, sol"),
     ({"image": entry(fliip=0.5)}, "'fliip' in data.augment.image; did you mean 'flip'"),
     ({"image": {"name": "view", "size": 8}}, "image has the name 'view'; there are: v"),
