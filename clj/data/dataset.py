@@ -568,8 +568,7 @@ def _tokenizers(columns, source, workdir, started) -> dict[str, text.Tokenizer]:
     where = f"data.columns.{name}"
     directory = None
     if workdir is not None:
-      last = "tokenizer" if name == "text" else f"tokenizer-{name}"
-      directory = epath.Path(workdir) / last
+      directory = epath.Path(workdir) / text.directory(name)
     one = text.of_run(directory, options, captions, started=started, where=where)
     for each in names:
       made[each] = text.with_length(one, columns[each].get("length"), where)

@@ -92,9 +92,10 @@ def _check_columns(path, columns: dict, taken: dict):
     return
   for name, saved in columns.items():
     vocabulary = root / text.directory(name)
-    if "fingerprint" not in saved or not (vocabulary / "settings.json").exists():
+    if not (vocabulary / "settings.json").exists():
       continue
-    if not text.load(vocabulary).same_ids(saved):
+    there = text.load(vocabulary).settings
+    if {**there, "length": 0} != {**saved, "length": 0}:
       raise UserError(
         f"init_from {path}: its tokens are those of another vocabulary; set "
         f"data.columns.{name}.tokenizer={vocabulary}, or leave them out by init_rename"
