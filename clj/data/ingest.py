@@ -36,11 +36,13 @@ from etils import epath
 from PIL import Image
 
 from clj.cli import UserError
-from clj.data import files, images
-from clj.data.source import DataError, first_line
+from clj.data import files, images, shards, tables
+from clj.data.columns import class_text, distinct, strings
+from clj.data.source import KEY, DataError, Want, first_line
 
 MAX_PIXELS = images.MAX_PIXELS
 _REASONS = 100  # that are kept of a part
+_CLASSES = 1 << 17  # no class has a greater number
 _VERSION = re.compile(r"\d+\.\d+\.\d+$")
 
 
@@ -198,13 +200,13 @@ def _plan(source, fields, splits, shard_records, known) -> Plan:
       splits = [s for s in files.folder_splits(root) if s in ("train", "test")]
   for split in splits:
     if kind == "folder":
-      plain = files.open_folder(source, split)
+      plain = files.open_folder(source, split, _wants(fields | {"caption": ""}))
       said = fields["caption"]
       if said is None:
         beside = (os.path.splitext(path)[0] + ".txt" for path in plain.files)
         said = "caption" if any(map(os.path.isfile, beside)) else ""
-      made = files.open_folder(source, split, said or None)
-      class_names = made.class_names
+      made = files.open_folder(source, split, _wants(fields | {"caption": said}))
+      class_names = made.class_names.get("label")
       keys = [os.path.relpath(path, root) for path in made.files]
       identity += keys
       parts += _ranges(split, made, keys, shard_records)
@@ -216,20 +218,28 @@ def _plan(source, fields, splits, shard_records, known) -> Plan:
     (paths,) = files.resolve(source, split).values()
     identity += [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in paths]
     if kind == "webdataset":
-      wanted = fields | {"caption": _or(fields["caption"], "caption")}
+      said = "caption" if fields["caption"] is None else fields["caption"]
+      wants = _wants(fields | {"caption": said})
       parts += [
-        Part(split, functools.partial(_shard_records, path, wanted)) for path in paths
+        Part(split, functools.partial(_shard_records, path, wants)) for path in paths
       ]
     else:
-      wanted = fields | {"caption": _table_caption(kind, paths[0], fields)}
-      class_names = class_names or _classes(kind, paths, wanted)
-      parts += _table_parts(kind, paths, wanted, class_names, shard_records, split)
+      said = _table_caption(kind, paths[0], fields)
+      wants = _wants(fields | {"caption": said})
+      class_names = class_names or _classes(kind, paths, wants)
+      parts += _table_parts(kind, paths, wants, class_names, shard_records, split)
   identity = _digest([source, fields, list(splits), shard_records, identity])
   return Plan("", "", identity, parts, class_names)
 
 
-def _or(name, default):
-  return default if name is None else name or None
+def _wants(fields) -> dict[str, Want]:
+  """What is read of a source; fields: "" for what is left out."""
+  kinds = {"image": "image", "caption": "text", "label": "label"}
+  return {
+    name: Want(field, kinds[name], (name, field) == ("label", "label"), f"--{name}")
+    for name, field in fields.items()
+    if field
+  }
 
 
 def _digest(value):
@@ -237,90 +247,104 @@ def _digest(value):
 
 
 def _ranges(split, source, keys, shard_records):
+  number = _numbers(source.class_names.get("label"))
+
   def records(start):
     stop = min(start + shard_records, len(source))
     for at in range(start, stop, 64):
       block = range(at, min(at + 64, stop))
       for i, record in zip(block, source.read(block)):
-        yield _entry(record, keys[i])
+        yield _entry(record, keys[i], number)
 
   starts = range(0, len(source), shard_records)
   return [Part(split, functools.partial(records, start)) for start in starts]
 
 
+def _numbers(class_names) -> Callable:
+  """Label as it was read -> class; names None: it is a number already."""
+  known = None if class_names is None else {x: i for i, x in enumerate(class_names)}
+
+  def number(value):
+    name = class_text(value)
+    if known is not None:
+      return known.get(name, -1)
+    if name is not None and not re.fullmatch(r"-?\d{1,18}", name):
+      raise UserError(f"its label {name!r} is no number")
+    return -1 if name is None else max(-1, int(name))
+
+  return number
+
+
 def _table_caption(kind, path, fields):
   """The column of captions: what was asked for, or "caption" if there is one."""
   if fields["caption"] is not None:
-    return fields["caption"] or None
-  names = files.column_names(kind, path)
-  return "caption" if "caption" in names else None
+    return fields["caption"]
+  return "caption" if "caption" in tables.column_names(kind, path) else ""
 
 
-def _classes(kind, paths, fields):
-  only = {"label": fields["label"]}
-  table = files.read_table(kind, paths, only)
-  if fields["label"] not in table.column_names:
-    return None
-  return tuple(map(str, files.distinct(table[fields["label"]])))
+def _classes(kind, paths, wants):
+  table = tables.read_table(kind, paths, {"label": wants["label"]})
+  if wants["label"].field not in table.column_names:
+    return ()
+  return distinct(table[wants["label"].field].unique().to_pylist())
 
 
-def _table_parts(kind, paths, fields, class_names, shard_records, split):
-  number, parts = files.numbers(class_names or ()), []
+def _table_parts(kind, paths, wants, class_names, shard_records, split):
+  number, parts = _numbers(class_names), []
 
   def records(path, table, start):
-    names = {k: v for k, v in fields.items() if v in table.column_names}
-    columns = files.Columns(table, names, number, os.path.dirname(path))
+    there = {c: want for c, want in wants.items() if want.field in table.column_names}
+    read = tables.rows(table, there)
     for i in range(table.num_rows):
-      record = columns.read([i])[0]
-      yield _entry(record, f"{os.path.basename(path)}:{start + i}")
+      key = f"{os.path.basename(path)}:{start + i}"
+      yield _entry(read([i], tuple(there))[0], key, number)
 
   def row_groups(path, groups, start):
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-      names = files.check_columns(path, file.schema_arrow, fields)
-      for group in groups:
-        table = file.read_row_group(group, columns=names)
-        yield from records(path, table, start)
-        start += table.num_rows
+    for table in tables.read_groups(path, groups, wants):
+      yield from records(path, table, start)
+      start += table.num_rows
 
   for path in paths:
     if kind == "csv":
-      table = files.read_table(kind, [path], fields).combine_chunks()
+      table = tables.read_table(kind, [path], wants).combine_chunks()
       for start in range(0, table.num_rows, shard_records):
         rows = table.slice(start, shard_records)
         parts.append(Part(split, functools.partial(records, path, rows, start)))
       continue
-    for groups, start in files.row_groups(path, shard_records):
+    for groups, start in tables.row_groups(path, shard_records):
       parts.append(Part(split, functools.partial(row_groups, path, groups, start)))
   return parts
 
 
-def _shard_records(path, fields):
+def _shard_records(path, wants):
+  number = _numbers(None)
   try:
     with tarfile.open(path, "r:*") as shard:
-      for sample in files.samples(shard):
+      for sample in shards.samples(shard):
         try:
           if sample.error:
             raise UserError(sample.error)
           content = {x: shard.extractfile(m).read() for x, m in sample.members.items()}
-          record = files.sample_record(content, fields)
+          record = shards.sample_record(content, wants)
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
           record = error
-        yield _entry(record, sample.key or os.path.basename(path))
+        yield _entry(record, sample.key or os.path.basename(path), number)
   except (tarfile.TarError, OSError) as error:
     yield ValueError(f"{path} cannot be read ({first_line(error)})")
 
 
-def _entry(record, key) -> Entry | Exception:
+def _entry(record, key, number) -> Entry | Exception:
   """A record as `Source.read` gives it -> what is written, or what is wrong with it."""
   try:
     if isinstance(record, Exception):
       raise record
+    if not record["image"]:
+      raise UserError("it has no picture")
     check_picture(record["image"])
-    captions = record.get("caption")
+    captions = strings(record["caption"]) if "caption" in record else None
     if captions is not None and not captions:
       raise UserError("it has no caption")
+    label = number(record.get("label"))
   except Exception as error:
     return ValueError(f"{key}: {first_line(error)}")
   from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
@@ -328,12 +352,12 @@ def _entry(record, key) -> Entry | Exception:
   example = proto.Example()
   feature = example.features.feature
   feature["image"].bytes_list.value.append(record["image"])
-  feature["key"].bytes_list.value.append(key.encode())
+  feature["key"].bytes_list.value.append(key.encode(errors="replace"))
   if captions is not None:
     feature["caption"].bytes_list.value.extend(c.encode() for c in captions)
-  feature["label"].int64_list.value.append(record["label"])
+  feature["label"].int64_list.value.append(label)
   data = example.SerializeToString(deterministic=True)
-  return Entry(data, len(captions or ()), record["label"])
+  return Entry(data, len(captions or ()), label)
 
 
 def check_picture(data: bytes) -> None:
@@ -632,8 +656,10 @@ def _write_features(plan, out, work, done, there):
     text = tfds.features.Text()
     features["caption"] = tfds.features.Sequence(text) if many else text
   if label >= 0:
-    names = plan.class_names or tuple(map(str, range(label + 1)))
+    names = plan.class_names or tuple(map(str, range(min(label, _CLASSES) + 1)))
     features["label"] = tfds.features.ClassLabel(names=names)
+  if label >= _CLASSES:  # numbers of something else: reading numbers the distinct ones
+    features["label"] = tfds.features.Scalar(dtype="int64")
   new = os.path.join(work, "features")
   os.makedirs(new, exist_ok=True)
   tfds.features.FeaturesDict(features).save_config(new)

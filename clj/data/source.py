@@ -1,39 +1,46 @@
-"""A `Source`: a table of records with random access, and what is done to any of them.
+"""A `Source`: a table of records with random access, whatever is in them.
 
-Small sets of pictures are decoded once and held as arrays; everything else stays
-encoded until it is asked for.
+A record is a dict, by column, of what was stored: the bytes of a file, a string or
+several, a number, an array. What becomes of it is the business of `clj.data.columns`.
 """
 
 import dataclasses
 import logging
-import os
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 
 from clj.cli import UserError
-from clj.data import images
 from clj.data.order import order
-from clj.data.text import Tokenizer
+
+# What a record is called, and the file that it is, beside the columns of a record.
+KEY, PATH = "__key__", "__path__"
+_BLOCK = 256  # records that are read at a time
 
 
 class DataError(UserError):
   """What only the user can mend; the message is one line with the way out."""
 
 
-class Text(NamedTuple):
-  """Captions of a source in memory; record i has rows first[i] to first[i + 1].
+class Want(NamedTuple):
+  """What a column asks of a source.
 
-  ids: int32 [M, L]. mask: bool [M, L]. first: int64 [N + 1].
+  field: its name there. kind: of the column. optional: whether a source may lack it.
+  where: the key of the config that names it.
   """
 
-  ids: np.ndarray
-  mask: np.ndarray
-  first: np.ndarray
+  field: str
+  kind: str
+  optional: bool = False
+  where: str = ""
+
+  @property
+  def content(self) -> bool:
+    """Whether a path in a table stands for the file that it leads to."""
+    return self.kind in ("image", "audio")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,43 +50,63 @@ class Source:
   Attributes:
     name: what `open_source` was asked for, with the split.
     size: number of records.
-    keys: batch keys that it gives: "index", "image", "label" where there are any, and
-      "text" with "text_mask" once it is `tokenized`.
-    class_names: a name for each label, or None.
-    arrays: the records as arrays with a leading axis of `size`, `image` uint8
-      [N, H, W, 3] and `label` int32 [N] among them; None for a source that is read
-      record by record. Only what `keys` names goes into batches.
-    read: `indices -> list of {"image": bytes, "label": int, "id": str}`, the pictures
-      encoded; a record that cannot be read comes as the exception. None where there are
-      arrays. With `captioned`, "caption" is a list of strings. "path" is there where
-      the picture is a file of its own.
+    gives: the columns of its records.
+    reader: `(indices, columns) -> list of records`, a record that cannot be read as the
+      exception. A record has KEY, its name, and PATH where it is a file of its own;
+      None stands for what is empty, and a column that the record cannot have is not in
+      it. None where there are arrays.
+    arrays: the records of a source that is held in memory as it is, [N, ...] or a list
+      by column.
+    class_names: a name for each number of a column of classes.
+    shapes: of the values of a column, where all have the same and it is known.
     files: path of each record, where each is a file of its own; else None.
+    constants: arrays that every step needs whole, by key.
+    ordering: `(seed, positions) -> records`; None: `clj.data.order.order`.
     bad: the corrupt records met so far, index -> reason.
-    captioned: whether it was opened with captions.
-    captions: those of each record, a list of strings; None where there are no arrays.
-    tokenizer: what makes them ids, in a source that is `tokenized`.
-    text: the ids, where there are arrays.
-    truncated: share of the captions that the tokenizer cuts; of a sample where they
-      are streamed.
   """
 
   name: str
   size: int
-  keys: tuple[str, ...]
-  class_names: tuple[str, ...] | None = None
-  arrays: dict[str, np.ndarray] | None = None
-  read: Callable[[Sequence[int]], list] | None = None
+  gives: tuple[str, ...]
+  reader: Callable[[Sequence[int], Sequence[str]], list] | None = None
+  arrays: dict[str, np.ndarray | list] | None = None
+  class_names: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  shapes: dict[str, tuple] = dataclasses.field(default_factory=dict)
   files: tuple[str, ...] | None = None
+  constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  ordering: Callable | None = None
   bad: dict[int, str] = dataclasses.field(default_factory=dict)
-  captioned: bool = False
-  captions: Sequence[list[str]] | None = None
-  tokenizer: Tokenizer | None = None
-  text: Text | None = None
-  truncated: float = 0.0
   _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
   def __len__(self):
     return self.size
+
+  def at(self, seed: int, positions) -> np.ndarray:
+    """The records at positions of the endless training stream, int64."""
+    if self.ordering is None:
+      return order(seed, positions, self.size)
+    return self.ordering(seed, np.asarray(positions, np.int64))
+
+  def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list:
+    """Records, or for what cannot be read the exception. columns: None: all."""
+    columns = self.gives if columns is None else [c for c in columns if c in self.gives]
+    if self.arrays is None:
+      return self.reader(indices, columns)
+    return [{KEY: str(i)} | {c: self.arrays[c][i] for c in columns} for i in indices]
+
+  def values(self, column: str, limit: int | None = None) -> Iterator[tuple]:
+    """(index, value) of a column: of all that can be read, or of a sample of `limit`.
+
+    The sample is always the same.
+    """
+    records = np.arange(min(limit or self.size, self.size))
+    if len(records) < self.size:
+      records = np.sort(order(0, records, self.size))
+    for block in np.array_split(records, max(1, len(records) // _BLOCK)):
+      block = block.tolist()
+      for i, record in zip(block, self.read(block, [column])):
+        if not isinstance(record, Exception) and column in record:
+          yield i, record[column]
 
   def report_bad(self, index: int, error: Exception) -> None:
     """Counts a corrupt record, once, and says so.
@@ -112,104 +139,6 @@ class Source:
         )
 
 
-def captions_of(source: Source, limit: int = 100_000) -> Iterator[str]:
-  """The captions of up to `limit` records: all of them, or a sample, always the same.
-
-  What cannot be read is left out.
-  """
-  records = np.arange(min(limit, len(source)))
-  if limit < len(source):
-    records = np.sort(order(0, records, len(source)))
-  if source.captions is not None:
-    for i in records:
-      yield from source.captions[i]
-    return
-  for block in np.array_split(records, max(1, len(records) // 256)):
-    for record in source.read(block):
-      if not isinstance(record, Exception):
-        yield from record["caption"]
-
-
-def tokenized(source: Source, tokenizer: Tokenizer) -> Source:
-  """A source that gives "text" and "text_mask" too.
-
-  In memory, the captions become ids here, once; else where they are streamed.
-
-  Raises:
-    DataError: the source has no captions.
-  """
-  if not source.captioned:
-    raise DataError(f"{source.name} has no captions; leave data.text out")
-  keys = (*source.keys, "text", "text_mask")
-  if source.captions is None:
-    sample = list(captions_of(source, 2048))
-    _, _, cut = tokenizer.encode(sample)
-    share = cut / max(1, len(sample))
-    return dataclasses.replace(source, keys=keys, tokenizer=tokenizer, truncated=share)
-  ids, mask, cut = tokenizer.encode([c for each in source.captions for c in each])
-  first = np.cumsum([0, *map(len, source.captions)])
-  return dataclasses.replace(
-    source,
-    keys=keys,
-    tokenizer=tokenizer,
-    text=Text(ids, mask, first),
-    truncated=cut / len(ids),
-  )
-
-
-def load(source: Source, shape: tuple[int, int]) -> Source:
-  """Decodes a source into arrays of pictures of one shape (height, width).
-
-  A picture of another shape is resized and cut; see `images.fit`. A corrupt record
-  becomes a copy of the next good one, its `index` included.
-  """
-  size, block = len(source), 1024
-  arrays = {
-    "index": np.arange(size, dtype=np.int32),
-    "image": np.empty((size, *shape, 3), np.uint8),
-    "label": np.empty(size, np.int32),
-  }
-  captions = [[]] * size
-
-  def fill(start):
-    indices = range(start, min(start + block, size))
-    for i, record in zip(indices, source.read(indices)):
-      try:
-        picture = decode(source, record)
-        arrays["image"][i] = images.fit(picture, *shape)
-        arrays["label"][i] = record["label"]
-        captions[i] = record.get("caption", [])
-      except Exception as error:
-        source.report_bad(i, error)
-
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    list(pool.map(fill, range(0, size, block)))
-  for i in source.bad:
-    good = i
-    while good in source.bad:
-      good = (good + 1) % size
-    for array in arrays.values():
-      array[i] = array[good]
-    captions[i] = captions[good]
-  arrays = {key: arrays[key] for key in source.keys}
-  captions = captions if source.captioned else None
-  return dataclasses.replace(source, arrays=arrays, read=None, captions=captions)
-
-
-def decode(source: Source, record) -> np.ndarray:
-  """The picture of a record as it was read, uint8 [H, W, 3].
-
-  Raises:
-    Exception: the record could not be read, or it lacks a caption.
-    ValueError: the picture is broken.
-  """
-  if isinstance(record, Exception):
-    raise record
-  if source.captioned and not record["caption"]:
-    raise UserError("it has no caption")
-  return images.decode(record["image"])
-
-
 def split_parts(split, sizes, name):
   """Resolves a split in TFDS's syntax to [(split name, start, stop)]."""
   if split in sizes:
@@ -232,10 +161,34 @@ def no_split(name, split, splits, error):
   )
 
 
+def lacking(name: str, wants: dict[str, Want], there: Sequence[str], kind="field"):
+  """Refuses wanted fields that are not `there`; returns the wants that are.
+
+  Raises:
+    DataError: names the field, the key that asks for it, and what there is.
+  """
+  for want in wants.values():
+    if want.field not in there and not want.optional:
+      where = f" ({want.where})" if want.where else ""
+      raise DataError(
+        f"{name} has no {kind} {want.field!r}{where}; it has: {', '.join(there)}"
+      )
+  return {column: want for column, want in wants.items() if want.field in there}
+
+
 def first_line(error):
   """The first line of an exception's message."""
   return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
-def keys_of(labelled):
-  return ("index", "image", "label") if labelled else ("index", "image")
+def plain_text(value) -> str:
+  """A string, from bytes by their byte order mark, else as UTF-8; nothing raises."""
+  if isinstance(value, bytes):
+    marks = {
+      b"\xff\xfe": "utf-16",
+      b"\xfe\xff": "utf-16",
+      b"\xef\xbb\xbf": "utf-8-sig",
+    }
+    codec = next((c for mark, c in marks.items() if value.startswith(mark)), "utf-8")
+    return value.decode(codec, errors="replace")
+  return str(value).encode("utf-8", "replace").decode()

@@ -26,6 +26,7 @@ from etils import epath
 from clj.cli import UserError
 
 LEARNED = ("words", "bpe")
+WHERE = "data.columns.text"  # the section of a config that its options are in
 # The words of CLIP (Radford et al. 2021): contractions, letters, single digits, others.
 _CLIP_WORDS = (
   r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # Oniguruma's syntax
@@ -80,17 +81,6 @@ class Tokenizer:
   start: tuple[int, ...]
   end: tuple[int, ...]
   pad_id: int
-
-  def __post_init__(self):
-    if self.clean not in CLEAN:
-      raise UserError(
-        f"data.text.clean is {self.clean!r}; there are: {', '.join(CLEAN)}"
-      )
-    least = len(self.start) + len(self.end) + 1
-    if self.length < least:
-      raise UserError(
-        f"data.text.length is {self.length}; start, end and one token need {least}"
-      )
 
   @functools.cached_property
   def _model(self):
@@ -166,6 +156,24 @@ class Tokenizer:
       partial.replace(directory / name)
 
 
+def _checked(made: Tokenizer, where: str) -> Tokenizer:
+  if made.clean not in CLEAN:
+    raise UserError(f"{where}.clean is {made.clean!r}; there are: {', '.join(CLEAN)}")
+  least = len(made.start) + len(made.end) + 1
+  if not isinstance(made.length, int) or made.length < least:
+    raise UserError(
+      f"{where}.length is {made.length}; start, end and one token need {least}"
+    )
+  return made
+
+
+def with_length(made: Tokenizer, length: int | None, where: str) -> Tokenizer:
+  """The same tokenizer for rows of another length. None: of its own."""
+  if length is None:
+    return made
+  return _checked(dataclasses.replace(made, length=length), where)
+
+
 def _file(kind):
   return "tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"
 
@@ -198,6 +206,7 @@ def open_tokenizer(
   vocab_size: int | None = None,
   clean: str | None = None,
   pad_id: int | None = None,
+  where: str = WHERE,
 ) -> Tokenizer:
   """Learns a vocabulary or opens a file.
 
@@ -212,6 +221,7 @@ def open_tokenizer(
       "none" for `*.json` (which has rules of its own), "canonical" for SentencePiece.
     pad_id: None: 0 for CLIP and for what is learned, what a `*.json` says, the end
       token for SentencePiece (so did SigLIP; SigLIP 2 has 0).
+    where: the section of the config that these options are of, for messages.
 
   Raises:
     ValueError: one line; no such file, or it is none of these.
@@ -221,16 +231,18 @@ def open_tokenizer(
       raise UserError(f"tokenizer {tokenizer!r} is learned: it needs captions")
     clean = clean or "clip"
     words = (CLEAN.get(clean, str)(caption) for caption in captions())
-    vocabulary, start, end = _learn(tokenizer, words, vocab_size or _SIZES[tokenizer])
-    return Tokenizer(tokenizer, vocabulary, length, clean, start, end, pad_id or 0)
+    ids = vocab_size or _SIZES[tokenizer]
+    vocabulary, start, end = _learn(tokenizer, words, ids, where)
+    made = Tokenizer(tokenizer, vocabulary, length, clean, start, end, pad_id or 0)
+    return _checked(made, where)
   path = epath.Path(tokenizer).expanduser()
   if path.is_dir():
     given = {"length": length, "clean": clean, "pad_id": pad_id}
     given = {key: value for key, value in given.items() if value is not None}
-    return dataclasses.replace(load(path), **given)
+    return _checked(dataclasses.replace(load(path), **given), where)
   if not path.exists():
     raise UserError(
-      f"there is no tokenizer {tokenizer!r}; data.text.tokenizer is"
+      f"there is no tokenizer {tokenizer!r}; {where}.tokenizer is"
       f" {' or '.join(map(repr, LEARNED))} (learned from the captions), or a file:"
       " bpe_simple_vocab*.txt.gz, *.json or *.model"
     )
@@ -247,37 +259,47 @@ def open_tokenizer(
     model = _load("json", data, path)
     start, end = _specials(model)
     kind, clean = "json", clean or "none"
-    pad_id = _pad_of(model, path) if pad_id is None else pad_id
-  return Tokenizer(kind, data, length, clean, start, end, pad_id)
+    pad_id = _pad_of(model, path, where) if pad_id is None else pad_id
+  return _checked(Tokenizer(kind, data, length, clean, start, end, pad_id), where)
 
 
-def _same(saved, **wanted):
+def _same(saved, where, **wanted):
   for key, value in wanted.items():
     if value is not None and value != getattr(saved, key):
       raise UserError(
-        f"data.text.{key} is {value!r}, but the tokenizer was saved with"
+        f"{where}.{key} is {value!r}, but the tokenizer was saved with"
         f" {getattr(saved, key)!r}; its ids would mean something else"
       )
   return saved
 
 
-def of_run(directory, section: dict, captions, *, started: bool) -> Tokenizer:
-  """The tokenizer of the run in a workdir.
+def of_run(
+  directory, section: dict, captions, *, started: bool, where: str = WHERE
+) -> Tokenizer:
+  """The tokenizer of a column in a run.
 
   A run that has `started` goes on with the vocabulary that it saved; a new one learns
-  or opens it, and the first process saves it in `directory`/tokenizer.
+  or opens it, and the first process saves it in `directory` (None: nowhere).
 
-  section: `data.text` of the config. captions: gives those that it is learned from.
+  section: the options of the column. captions: gives those that it is learned from.
+  where: the section's name, for messages.
   """
-  import jax  # here: readers of data do not need it
-
-  options = {k: v for k, v in section.items() if k != "field"}
+  if missing := {"tokenizer", "length"} - section.keys():
+    raise UserError(f"{where} needs {' and '.join(sorted(missing))}")
   if started:
-    return check(load(epath.Path(directory) / "tokenizer"), section)
-  made = open_tokenizer(captions=captions, **options)
-  if jax.process_index() == 0:
-    made.save(epath.Path(directory) / "tokenizer")
+    return check(load(directory), section, where)
+  made = open_tokenizer(captions=captions, where=where, **_options(section))
+  if directory is not None:
+    import jax  # here: readers of data do not need it
+
+    if jax.process_index() == 0:
+      made.save(directory)
   return made
+
+
+def _options(section):
+  keys = ("tokenizer", "length", "vocab_size", "clean", "pad_id")
+  return {key: section[key] for key in keys if key in section}
 
 
 def describe(tokenizer: Tokenizer, truncated: float) -> str:
@@ -288,14 +310,14 @@ def describe(tokenizer: Tokenizer, truncated: float) -> str:
   )
 
 
-def check(saved: Tokenizer, section: dict) -> Tokenizer:
-  """Refuses a saved tokenizer that is not the one that `data.text` describes.
+def check(saved: Tokenizer, section: dict, where: str = WHERE) -> Tokenizer:
+  """Refuses a saved tokenizer that is not the one that a column describes.
 
   Raises:
     ValueError: length, clean-up, padding or the vocabulary file differ.
   """
   options = {k: v for k, v in section.items() if k in ("length", "clean", "pad_id")}
-  _same(saved, **options)
+  _same(saved, where, **options)
   name = section["tokenizer"]
   kinds = {
     ".model": "sentencepiece",
@@ -307,11 +329,11 @@ def check(saved: Tokenizer, section: dict) -> Tokenizer:
   kind = name if name in LEARNED else kind
   if kind not in (None, saved.kind):
     raise UserError(
-      f"data.text.tokenizer is {name!r}, but the run was trained with another kind of"
+      f"{where}.tokenizer is {name!r}, but the run was trained with another kind of"
       f" vocabulary, {saved.kind!r}"
     )
   if name not in LEARNED and epath.Path(name).expanduser().exists():
-    now = open_tokenizer(**{k: v for k, v in section.items() if k != "field"})
+    now = open_tokenizer(**_options(section), where=where)
     if now.fingerprint != saved.fingerprint:
       raise UserError(
         f"the vocabulary in {name} is not the one that the run was trained with"
@@ -356,7 +378,7 @@ def _load(kind, data, path="the saved vocabulary"):
   return model
 
 
-def _learn(kind, captions, vocab_size):
+def _learn(kind, captions, vocab_size, where):
   from tokenizers import Tokenizer as Model
   from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -372,7 +394,7 @@ def _learn(kind, captions, vocab_size):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 3:
       raise UserError(
-        f"data.text.vocab_size is {vocab_size}; byte-level BPE has {len(alphabet) + 3}"
+        f"{where}.vocab_size is {vocab_size}; byte-level BPE has {len(alphabet) + 3}"
         " at least"
       )
     trainer = trainers.BpeTrainer(
@@ -427,7 +449,7 @@ def _specials(model):
   return (), ()
 
 
-def _pad_of(model, path):
+def _pad_of(model, path, where):
   said = json.loads(model.to_str())
   known = ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", "</s>")
   found = (model.token_to_id(name) for name in known)
@@ -435,5 +457,5 @@ def _pad_of(model, path):
     return padding["pad_id"]
   pad = next((i for i in found if i is not None), None)
   if pad is None:
-    raise UserError(f"{path} names no padding token; set data.text.pad_id")
+    raise UserError(f"{path} names no padding token; set {where}.pad_id")
   return pad
