@@ -38,7 +38,7 @@ class Embedder(NamedTuple):
 
   `split` is "train", "test" or another of the data set, or a `Split` that is open.
   `outputs` are names of what the method's `embed` makes. `rename` says which column of
-  the data set stands for which that the method knows: {"first": "text"}.
+  the data set stands for which that the method knows: {"first": "query"}.
 
   rows: `(split, outputs, rename={}, each=None) -> arrays [N', ...]` by name, split over
     the devices, with "label" and "index" `[N']`: -1 in rows that only fill up the last
@@ -48,10 +48,12 @@ class Embedder(NamedTuple):
     there.
   stream: `(split, outputs, rename={}) -> iterator` of the same, a batch at a time in
     the order of the records; nothing is kept.
-  texts: `(strings, outputs) -> arrays [n, ...]` by name, NumPy, on every host.
+  texts: `(strings, outputs) -> arrays [n, ...]` by name, NumPy, on every host; by the
+    columns of the run, whose tokenizers it was trained with.
   source: `split -> Split`.
-  columns: `(output, rename={}) -> {name: Column}`, what it is made of. Raises UserError
-    where the method makes no such output of this data set.
+  columns: `(output, rename={}, of_run=False) -> {name: Column}`, what it is made of, in
+    the data set of the run in the place of this one. Raises UserError where the method
+    makes no such output of it.
   views: `(split, outputs, count) -> list`, an entry a view: arrays `[M, ...]` by name,
     of the first M <= `count` rows, augmented as in training. Empty where training makes
     no two views of what the outputs are made of.
@@ -136,6 +138,7 @@ def make_embedder(
   data,
   *,
   batch_size: int,
+  run=None,
   known: Memory | None = None,
   stopping=never,
 ) -> Embedder:
@@ -143,10 +146,11 @@ def make_embedder(
 
   params, extra: arrays, or their shapes where only `columns` is asked.
   data: a `clj.data.Data`. batch_size: of the training; at least 512 rows are embedded
-  at a time. known: what was embedded before, by the same weights.
+  at a time. run: the `Data` of the run, where `data` is another.
+  known: what was embedded before, by the same weights.
   stopping: asked before each batch; Stopped is raised where it is true.
   """
-  known = memory() if known is None else known
+  known, run = known or memory(), run or data
   batches = _Batches(data, batch_size, stopping)
   outputs_of = {}  # columns, rename -> what the method makes of them
 
@@ -155,43 +159,50 @@ def make_embedder(
       return split
     return getattr(data, split) if split in ("train", "test") else data.split(split)
 
-  def made_of(names, rename):
+  def made_of(names, rename, where):
     """The outputs of a set of columns; none where the method looks for others."""
-    if (names, rename) not in outputs_of:
-      batch = batches.shapes(names, dict(rename))
+    key = (names, rename, where is run)
+    if key not in outputs_of:
+      batch = batches.shapes(names, dict(rename), where.columns)
       try:
-        outputs_of[names, rename] = tuple(compiled.shapes(params, extra, batch))
+        outputs_of[key] = tuple(compiled.shapes(params, extra, batch))
       except KeyError:  # a column that the method takes for granted
-        outputs_of[names, rename] = ()
-    return outputs_of[names, rename]
+        outputs_of[key] = ()
+    return outputs_of[key]
 
-  def columns(output, rename=None):
-    rename = tuple(sorted((rename or {}).items()))
-    there = _in_use(data.columns, dict(rename))
+  def columns(output, rename=None, of_run=False):
+    where, rename = run if of_run else data, tuple(sorted((rename or {}).items()))
+    there = _in_use(where.columns, dict(rename))
     sets = [(name,) for name in there]
     sets += [there] * (len(there) > 1)  # before the others, of which there are many
-    found = next((names for names in sets if output in made_of(names, rename)), None)
+    makes = lambda names: made_of(names, rename, where)
+    found = next((names for names in sets if output in makes(names)), None)
     if found is None:
-      makes = sorted({name for names in sets for name in made_of(names, rename)})
+      every = sorted({name for names in sets for name in makes(names)})
       raise UserError(
-        f"there is no {output!r} among what the model makes of {data.name!r} (columns "
-        f"{', '.join(there)}), which is {', '.join(makes) or 'nothing'}"
+        f"there is no {output!r} among what the model makes of {where.name!r} (columns "
+        f"{', '.join(there)}), which is {', '.join(every) or 'nothing'}"
       )
     for size in range(2, len(found)):
       for names in itertools.combinations(found, size):
-        if output in made_of(names, rename):
-          return {name: data.columns[name] for name in names}
-    return {name: data.columns[name] for name in found}
+        if output in makes(names):
+          return {name: where.columns[name] for name in names}
+    return {name: where.columns[name] for name in found}
 
-  def by_columns(outputs, rename):
+  def by_columns(outputs, rename, of_run=False):
     """{names of columns: the outputs that are made of them}."""
     groups = {}
     for output in sorted(outputs):
-      groups.setdefault(tuple(columns(output, rename)), []).append(output)
+      made = tuple(columns(output, rename, of_run))
+      groups.setdefault(made, []).append(output)
     return groups
 
   def embed(batch, outputs):
     return compiled.embed(params, extra, batch, tuple(outputs))
+
+  def passing(split, names, outputs, rename, each=None):
+    for batch, about in batches(source(split), names, rename, each):
+      yield embed(batch, outputs) | about
 
   def asked(split, rename, each):
     return Asked(id(source(split)), tuple(sorted((rename or {}).items())), each)
@@ -206,19 +217,15 @@ def make_embedder(
     for names, group in by_columns(wanted, rename).items():
       if not set(group) & set(outputs):
         continue  # of another pass, which may never be needed
-      found = (
-        embed(batch, group) | about
-        for batch, about in batches(source(split), names, rename, each)
-      )
+      found = passing(split, names, group, rename, each)
       have |= _collect(found, batches.count(source(split), each))
     beside = ("label", "index", "place") if each else ("label", "index")
     return {name: have[name] for name in (*outputs, *beside)}
 
   def stream(split, outputs, rename=None):
     streams = [
-      (embed(batch, group) | about for batch, about in passed)
+      passing(split, names, group, rename)
       for names, group in by_columns(outputs, rename).items()
-      for passed in [batches(source(split), names, rename)]
     ]
     for parts in zip(*streams, strict=True):
       yield {name: x for part in parts for name, x in part.items()}
@@ -236,8 +243,8 @@ def make_embedder(
 
   def texts(strings, outputs):
     parts = []
-    for names, group in by_columns(outputs, None).items():
-      for batch in batches.of_strings(strings, names):
+    for (name,), group in by_columns(outputs, None, of_run=True).items():
+      for batch in batches.of_strings(strings, run.columns[name]):
         parts.append({name: fetch(z) for name, z in embed(batch, group).items()})
     gather = lambda name: np.concatenate([p[name] for p in parts if name in p])
     return {name: gather(name)[: len(strings)] for name in outputs}
@@ -249,7 +256,8 @@ def make_embedder(
     with contextlib.closing(taken):
       batch, about = next(taken)
     made = compiled.augment(batch)
-    used = batches.shapes(dict.fromkeys(c for o in outputs for c in columns(o)), {})
+    used = {name: data.columns[name] for o in outputs for name in columns(o)}
+    used = batches.shapes(used, {}, used)
     grew = lambda x, old: x.ndim == old.ndim > 2 and x.shape[1] > old.shape[1] == 1
     several = [key for key in used if grew(made[key], batch[key])]
     filled = min(len(about["index"]), count, len(source(split)))
@@ -281,11 +289,11 @@ class _Batches:
     rows = len(split.texts(each)[0]) if each else len(split)
     return -(-rows // self._size)
 
-  def shapes(self, names, rename):
+  def shapes(self, names, rename, columns):
     """A batch as `__call__` gives it, without its values."""
     found = {}
     for name in names:
-      for key, row in self._data.columns[name].test_spec.items():
+      for key, row in columns[name].test_spec.items():
         key = _renamed(key, name, rename)
         found[key] = jax.ShapeDtypeStruct((self._mesh.size, *row.shape), row.dtype)
     return found | self._constants
@@ -294,14 +302,18 @@ class _Batches:
     """Yields (batch for `embed`, {"label", "index"})."""
     size = self._size if rows is None else self._whole(rows)
     mine = sharding.process_rows(size, self._mesh)
-    keys = names if each else tuple(dict.fromkeys((*names, *self._labels(split))))
+    keys = names if each else (*names, "label")
     stream = split.batches(batch_size=size, rows=mine, keys=keys, each=each)
     with contextlib.closing(stream):
       for number, batch in enumerate(stream):
         if self._stopping():
           raise Stopped
         none = np.full(len(batch["index"]), -1, np.int32)
-        about = {"index": batch["index"], "label": batch.get("label", none)}
+        there = [batch[f"{n}_valid"] for n in names if f"{n}_valid" in batch]
+        there = np.all([batch["index"] >= 0, *there], axis=0)  # with all that is used
+        label = batch.get("label", none)
+        about = {"index": np.where(there, batch["index"], none)}
+        about["label"] = np.where(there, label, none)
         if each:
           about["place"] = np.arange(*mine, dtype=np.int32) + number * size
         batch = {
@@ -314,15 +326,11 @@ class _Batches:
 
   def there(self, split) -> tuple[str, ...]:
     """The columns that a split has."""
-    return tuple(name for name in self._data.columns if name in split.keys)
+    return tuple(name for name in self._data.columns if name in split.source.gives)
 
-  def _labels(self, split):
-    return [name for name in ("label",) if name in split.keys]
-
-  def of_strings(self, strings, names):
+  def of_strings(self, strings, column):
     """Yields batches for `embed`; the last string fills up the last."""
-    (name,) = names
-    column, size = self._data.columns[name], self._whole(STRINGS)
+    size = self._whole(STRINGS)
     first, stop = sharding.process_rows(size, self._mesh)
     made = column.rows([column.test(string) for string in strings])
     for start in range(0, len(strings), size):

@@ -19,6 +19,7 @@ from clj.evals.rows import (
   context_mesh,
   fetch,
   normalize,
+  picture_column,
   shard_rows,
 )
 from clj.runs import log
@@ -232,7 +233,8 @@ def _of_rows(embedder, train, test, name, k, temperature):
 
 def _of_pictures(describe, center=False):
   def baseline(embedder, /, *, layer="features", k=200, temperature=0.1):
-    if not (column := _pictures_in_memory(embedder, layer)):
+    column = picture_column(embedder, layer)
+    if column is None or embedder.source("train").held is None:
       return None
     train, test = (embedder.raw(s, describe, column) for s in ("train", "test"))
     if center:
@@ -266,7 +268,7 @@ def neighbours(embedder, /, *, layer="features", rows=8, columns=8, **options):
   None where the features are not those of pictures.
   """
   del options
-  if not (column := _picture_column(embedder, layer)):
+  if (column := picture_column(embedder, layer)) is None:
     return None
   train, test = (embedder.rows(split, (layer,)) for split in ("train", "test"))
   first = jnp.argsort(jnp.where(test["index"] < 0, 2**31 - 1, test["index"]))[:rows]
@@ -274,9 +276,14 @@ def neighbours(embedder, /, *, layer="features", rows=8, columns=8, **options):
   similarity = jnp.where(train["index"][None] >= 0, similarity, -2.0)
   _, near = jax.lax.top_k(similarity, columns)
   near, records = fetch(train["index"][near]), fetch(test["index"][first])
-  seen = lambda split, indices: embedder.source(split).shown(column, indices)
+
+  def seen(split, indices):
+    source = embedder.source(split)
+    test = source.columns[column].test
+    return [test(source.picture(i, column))[column][0] for i in indices]
+
   pictures = [
-    np.concatenate([seen("test", [record]), seen("train", those)])
+    np.stack(seen("test", [record]) + seen("train", those))
     for record, those in zip(records.tolist(), near.tolist())
     if record >= 0
   ]

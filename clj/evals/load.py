@@ -1,5 +1,6 @@
 """A trained run at work: `clj.load`, and its evaluation without the training."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from clj import augment as augmentation
 from clj import sharding
 from clj.cli import UserError
 from clj.data import images, open_data
+from clj.data.dataset import columns_of_run
 from clj.evals.measure import make_evaluate, table
+from clj.evals.rows import is_picture
 from clj.methods import make_method
 from clj.runs import checkpoint, workdir
 
@@ -23,13 +26,13 @@ class Loaded(NamedTuple):
   """A trained method at work.
 
   embed: `(params, extra, batch) -> dict of arrays [B, ...]`, "features" among them.
-  inputs: by column, a list of values as a data set has them -> batch: what `embed` is
-    given, by the vocabulary that the run was trained with.
-  preprocess: that of the first column of pictures, also of PIL pictures and names of
-    files; None where there is none. tokenize: of the first column of texts, also of
-    one string; or None. tokenizer: that one, or None.
-  data: that of the run, a `clj.data.Data`: opened where it is looked at.
+  preprocess: a list of file names, bytes, PIL pictures or uint8 arrays `[H, W, 3]` ->
+    batch, of the first column of pictures; None where there is none.
+  tokenize: a list of texts -> batch, of the first column of texts, by the vocabulary
+    that the run was trained with; or None. tokenizer: that one, or None.
   config: what it was trained with. step: of the checkpoint.
+  columns: those of the run, by name.
+  inputs: by column, a list of values as a data set has them -> batch.
   """
 
   embed: Callable
@@ -40,8 +43,8 @@ class Loaded(NamedTuple):
   tokenizer: Any
   config: dict
   step: int
+  columns: dict
   inputs: dict[str, Callable]
-  data: Any
 
 
 def load(directory, step: int | None = None, mesh: Mesh | None = None) -> Loaded:
@@ -76,38 +79,33 @@ def load(directory, step: int | None = None, mesh: Mesh | None = None) -> Loaded
   state = checkpoints.restore_tree(
     step, placed if mesh is not None else None, parts=("params", "extra")
   )
-  data = open_data(config["data"], workdir=directory, started=True)
-  _check_saved(data.saved, checkpoints.clock(step).get("columns", {}), directory)
+  columns = columns_of_run(config["data"], directory)
+  _check_saved(columns, checkpoints.clock(step).get("columns", {}), directory)
   method = make_method(config["method"], config["model"], config["total_steps"])
-  first = lambda *found: next((name for name in found[0]), None)
-  text = first(name for name, c in data.columns.items() if c.tokenizer is not None)
-  picture = first(name for name, c in data.columns.items() if _is_picture(c))
+  texts = [name for name, c in columns.items() if c.tokenizer is not None]
+  pictures = [name for name, c in columns.items() if is_picture(c)]
+  inputs = {name: functools.partial(_inputs, c) for name, c in columns.items()}
   return Loaded(
     jax.jit(method.embed),
     state["params"],
     state.get("extra", {}),
-    picture and (lambda given: _inputs(data.columns[picture], map(_pixels, given))),
-    text and (lambda given: _inputs(data.columns[text], _several(given))),
-    text and data.columns[text].tokenizer,
+    (lambda x: inputs[pictures[0]](map(_pixels, x))) if pictures else None,
+    (lambda x: inputs[texts[0]](_several(x))) if texts else None,
+    columns[texts[0]].tokenizer if texts else None,
     config,
     step,
-    {name: lambda given, c=c: _inputs(c, given) for name, c in data.columns.items()},
-    data,
+    columns,
+    inputs,
   )
 
 
-def _check_saved(saved: dict, then: dict, directory):
-  for name, value in then.items():
-    if saved.get(name, {}) != value:
+def _check_saved(columns: dict, saved: dict, directory):
+  for name, value in saved.items():
+    if name in columns and columns[name].saved != value:
       raise UserError(
         f"{directory} was trained with another vocabulary of data.columns.{name} than "
         "the one that lies there now"
       )
-
-
-def _is_picture(column) -> bool:
-  (row, *others) = column.test_spec.values()
-  return not others and len(row.shape) == 4 and np.dtype(row.dtype) == np.uint8
 
 
 def _inputs(column, values) -> dict:
@@ -143,7 +141,7 @@ def evaluate_alone(directory, step: int | None = None, names: str | None = None)
     evaluate = make_evaluate(
       model.embed,
       augmentation.make(config["data"].get("augment", {})),
-      model.data,
+      open_data(config["data"], workdir=directory, started=True),
       evals=evals,
       batch_size=config["batch_size"],
       start="before" if config.get("init_from") else "untrained",

@@ -78,6 +78,7 @@ def make_evaluate(
           extra,
           plan.data,
           batch_size=batch_size,
+          run=data,
           known=known,
           stopping=stopping,
         )
@@ -141,18 +142,23 @@ def _check(plan: Planned, embedder: Embedder):
   """Refuses what a data set or a model cannot give, before it is waited for."""
   where = f"evaluation {plan.label!r}"
   out = f"leave it out of evals, or give it a data set (evals.{plan.label}.data)"
+
+  def needed(split):
+    source = embedder.source(split)
+    for key in plan.evaluation.needs:
+      if key not in source.source.gives:
+        raise UserError(
+          f"{where} needs {key!r}, and {source.name} has none (it gives "
+          f"{', '.join(source.source.gives)}); {out}"
+        )
+
+  needed("test")
   try:
     takes = plan.evaluation.takes(embedder, **plan.options)
   except UserError as error:
     raise UserError(f"{where}: {error}; {out}") from None
-  for split in dict.fromkeys(split for split, *_ in takes):
-    source = embedder.source(split)
-    for key in plan.evaluation.needs:
-      if key not in source.keys:
-        raise UserError(
-          f"{where} needs {key!r}, and {source.name} has none (it gives "
-          f"{', '.join(source.keys)}): {out}"
-        )
+  for split in {split for split, *_ in takes} - {"test"}:
+    needed(split)
 
 
 def _beside(plan: Planned, embedder: Embedder, values: dict, start: str) -> dict:

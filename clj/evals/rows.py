@@ -83,5 +83,18 @@ def most_frequent(embedder, /, **options) -> float:
   return float(counts.max() / counts.sum())
 
 
+def is_picture(column) -> bool:
+  """Whether a column gives pictures, uint8 `[views, H, W, 3]` a row."""
+  row, *others = column.test_spec.values()
+  picture = len(row.shape) == 4 and row.shape[-1] == 3
+  return picture and not others and np.dtype(row.dtype) == np.uint8
+
+
+def picture_column(embedder, output: str) -> str | None:
+  """The column of pictures that an output is made of; None where it is another."""
+  (name, column), *others = embedder.columns(output).items()
+  return name if is_picture(column) and not others else None
+
+
 def _labels(embedder):
   return [fetch(embedder.rows("test", ())["label"])]

@@ -224,7 +224,7 @@ def takes(
   read_class_names(split.classes.get("label"), classnames, split.name)
   read_templates(templates)
   embedder.columns(query)
-  columns = embedder.columns(bank)
+  columns = embedder.columns(bank, of_run=True)
   if [column.tokenizer is None for column in columns.values()] != [False]:
     raise UserError(f"{bank!r} is made of {', '.join(columns)}: prompts are texts")
   return [("test", query)]
