@@ -45,7 +45,7 @@ def _section(
     "test_split": test_split,
     "data_dir": data_dir,
     "threads": threads,
-    "columns": {k: v for k, v in (columns or _DEFAULT).items() if v},
+    "columns": {k: v for k, v in (columns or _DEFAULT).items() if v is not None},
     "augment": augment or {},
     "mixture": tuple(mixture or ()),
     "balanced": balanced or {},
@@ -478,7 +478,7 @@ def _with_valid(section, columns):
     name
     for part in section["mixture"]
     for name, options in (part.get("columns") or {}).items()
-    if not options and columns[name].fill.get(name) != -1
+    if options is None and columns[name].fill.get(name) != -1
   }
   return {n: column._replace(valid=n in lacking) for n, column in columns.items()}
 
@@ -506,7 +506,7 @@ def _open(section, split, limit, lenient=()) -> Source:
     for column, base in section["columns"].items():
       if column not in own:
         mine[column] = wants[column]
-      elif own[column]:
+      elif own[column] is not None:
         mine[column] = _want(column, {"kind": column} | base | own[column])
     sources.append(
       open_source(
