@@ -107,7 +107,8 @@ def build(
   rules: what lies where, see `sharding.state_shardings`.
   """
   made, augment = make_method(method, model, total_steps), make_augment(data)
-  if missing := [key for key in made.needs if key not in batch]:
+  given = batch.keys() | data["augment"].keys()  # which makes views of its own
+  if missing := [key for key in made.needs if key not in given]:
     raise UserError(
       f"method {method['name']!r} needs {', '.join(missing)} in its batches; "
       f"{data['source']!r} gives {', '.join(batch)}"
