@@ -16,7 +16,7 @@ from clj.data import open_data
 from clj.methods import METHODS, make_method
 
 # Tokens of a transformer that all examples share: of one axis, and no norm or bias.
-TOKENS = r"(^|/)(cls|cls_position|mask|position)$"
+TOKENS = r"(^|/)(cls|mask|position|cls_position|mean_position|map/probe)$"
 GOLDEN = pathlib.Path(__file__).parent / "golden_steps.json"
 
 
@@ -165,6 +165,7 @@ def test_loss_keeps_the_structure_of_extra(name):
   assert aux.features.shape[0] == len(batch["image"]) and aux.features.ndim == 2
   assert all(v.shape == () for v in aux.metrics.values())
   assert not any(x.weak_type for x in jax.tree.leaves((state.params, state.extra)))
+  assert jax.eval_shape(made.method.embed, state.params, state.extra, {}) == {}
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lit"])
