@@ -420,6 +420,30 @@ def expected_spec(section: dict) -> dict[str, Shape]:
   return _spec(_with_valid(section, columns))
 
 
+def columns_of_run(section: dict, workdir) -> dict[str, Column]:
+  """The columns of a run by its workdir, without its data where they can do without.
+
+  Classes then have no names.
+
+  Raises:
+    UserError, DataError: as `open_data`.
+  """
+  checked = _checked(section)
+  tokenizers = _tokenizers(checked["columns"], None, workdir, True)
+  columns = {}
+  try:
+    for name, options in checked["columns"].items():
+      kind, options = _kind(name, options)
+      tokenizer = tokenizers.get(name)
+      if tokenizer is not None:
+        options = {"length": tokenizer.length} | options
+      about = About(name, crops=_crop_sets(checked, name), tokenizer=tokenizer)
+      columns[name] = _make(COLUMNS[kind], about, options)
+  except UserError:  # a shape that only the data tell
+    return open_data(section, workdir=workdir, started=True).columns
+  return columns
+
+
 def _spec(columns):
   spec = {"index": Shape((), np.int32)}
   for column in columns.values():

@@ -231,15 +231,16 @@ def make_embedder(
       yield {name: x for part in parts for name, x in part.items()}
 
   def raw(split, describe, column):
-    have = known.rows.setdefault(asked(split, None, None), {})
-    if (describe, column) not in have:
+    have, key = known.rows.setdefault(asked(split, None, None), {}), (describe, column)
+    if key not in have:
       found = (
-        {(describe, column): _described(describe, batch[column])} | about
+        {"made": _described(describe, batch[column])} | about
         for batch, about in batches(source(split), (column,), None)
       )
-      have |= _collect(found, batches.count(source(split)))
+      found = _collect(found, batches.count(source(split)))
+      have |= {key: found.pop("made")} | found
     about = {name: have[name] for name in ("label", "index")}
-    return {describe.__name__: have[describe, column]} | about
+    return {describe.__name__: have[key]} | about
 
   def texts(strings, outputs):
     parts = []
