@@ -7,9 +7,9 @@ the median over the turns, so that what else the machine does hits all alike.
   stream   photographs decoded and cropped twice to 224 pixels, beside decoding alone by
            as many threads, Grain's worker processes around the same work, and tf.data
            where TensorFlow is installed
-  crops    the same photographs, and they at 500 x 375 pixels, encoded in memory: 2 x 224
-           and 2 x 224 + 6 x 96 pixels by `images.crops` in threads, beside decoding alone
-           and tf.data
+  crops    2 x 224 and 2 x 224 + 6 x 96 pixels by `images.crops` in threads, beside
+           decoding alone and tf.data; of the same photographs in memory, as they are
+           and at 500 x 375 pixels
   start    opening the data set that is held in memory
 """
 
