@@ -379,6 +379,7 @@ def open_data(
   workdir=None,
   started: bool = False,
   memory_limit: int = MEMORY_LIMIT,
+  source: Source | None = None,
 ) -> Data:
   """Opens what the section `data` of a config describes; nothing is decoded yet.
 
@@ -388,12 +389,14 @@ def open_data(
     started: whether the run has begun: its tokenizers are taken from there then, else
       they are learned or opened, and process 0 saves them.
     memory_limit: bytes of a split that may be held in memory; 0: everything streams.
+    source: the training split, where it is one's own; it gives the columns by name.
 
   Raises:
     UserError, DataError: one line that names the key of the config.
   """
   section = _checked(section)
-  source = _open(section, section["train_split"], memory_limit)
+  if source is None:
+    source = _open(section, section["train_split"], memory_limit)
   tokenizers = _tokenizers(section["columns"], source, workdir, started)
   return _opened(section, tokenizers, memory_limit, source)
 
