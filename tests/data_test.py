@@ -13,11 +13,29 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from clj.data import DataError, images, open_source, pipeline, sources
+from clj.data import DataError, images, open_data, pipeline, tfds
 from clj.data.order import order, uniform
 
-CROPS = {"size": 12, "views": 2, "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3)}
-WHOLE = {"size": 12, "views": 1, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+CROPS = {"crop_scale": (0.2, 1.0), "crop_ratio": (3 / 4, 4 / 3), "views": 2}
+WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "views": 1}
+
+
+def opened(name, split="train", *, crops=CROPS, size=12, limit=2 << 30, **section):
+  """A data set of pictures and labels; `columns` of the section are in their place.
+
+  crops: of streamed pictures. limit: bytes that may be held in memory.
+  """
+  views = {"name": "views", "size": size, **crops}
+  columns = {"image": {"kind": "image"}, "label": {"kind": "label"}}
+  section = {"source": name, "train_split": split, "columns": columns} | section
+  if "image" in section["columns"]:
+    section["augment"] = {"image": views}
+  return open_data(section, memory_limit=limit)
+
+
+def in_memory(name, split="train", *, size=12, **kwargs):
+  columns = {"image": {"memory_size": size}, "label": {"kind": "label"}}
+  return opened(name, split, columns=columns, size=size, **kwargs)
 
 
 def encode(picture, kind="PNG", **options):
@@ -54,18 +72,27 @@ def folder(tmp_path_factory):
   return f"folder:{root}", pictures
 
 
-def take(source, steps, **kwargs):
+def take(data, steps, *, seed=0, batch_size=16, step=0, rows=None):
   """The first batches, one after the other."""
-  arguments = {"seed": 0, "batch_size": 16, **CROPS, **kwargs}
-  batches = pipeline.batches(source, **arguments)
+  batches = data.batches(seed=seed, batch_size=batch_size, step=step, rows=rows)
   try:
     return [next(batches) for _ in range(steps)]
   finally:
     batches.close()
 
 
+def evaluated(split, batch_size=16, **kwargs):
+  return joined(list(split.batches(batch_size=batch_size, **kwargs)))
+
+
 def joined(batches):
   return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+
+
+def one_view(batch):
+  """The streamed crop of a whole picture, without its axis of views."""
+  (view,) = np.swapaxes(batch["image"], 0, 1)
+  return batch | {"image": view}
 
 
 def assert_same(a, b):
@@ -135,50 +162,50 @@ def test_uniform_numbers():
 
 def test_memory_and_stream_agree(folder):
   name, pictures = folder
-  stream = open_source(name, "train")
-  memory = sources.load(open_source(name, "train"), (12, 12))
-  assert stream.arrays is None
-  assert memory.read is None
+  stream, memory = opened(name, crops=WHOLE), in_memory(name)
+  assert stream.train.held is None
+  assert memory.train.held is not None
   # Nine batches of 16 go through 50 records almost three times.
-  streamed = joined(take(stream, 9, **WHOLE))
-  gathered = joined(take(memory, 9, **WHOLE))
+  streamed = one_view(joined(take(stream, 9)))
+  gathered = joined(take(memory, 9))
   assert_same(streamed, gathered)
+  for data, batch in ((stream, take(stream, 1)[0]), (memory, gathered)):
+    assert batch.keys() == data.spec.keys()
+    for key, value in batch.items():
+      assert (value.shape[1:], value.dtype) == data.spec[key]
   positions = np.arange(9 * 16)
   np.testing.assert_array_equal(gathered["index"], order(0, positions, 50))
-  np.testing.assert_array_equal(gathered["image"][:, 0], pictures[gathered["index"]])
+  np.testing.assert_array_equal(gathered["image"], pictures[gathered["index"]])
   np.testing.assert_array_equal(gathered["label"], gathered["index"] * 3 // 50)
-  for kwargs in ({"size": 12}, {"size": 8}):
-    evaluated = [
-      joined(list(pipeline.eval_batches(source, batch_size=16, **kwargs)))
-      for source in (stream, memory)
-    ]
-    assert_same(*evaluated)
+  for size in (12, 8):
+    columns = {"image": {"size": size}, "label": {}}
+    held = {"image": {"size": size, "memory_size": 12}, "label": {}}
+    found = [opened(name, columns=c).split("train") for c in (columns, held)]
+    assert (found[0].held is None, found[1].held is None) == (True, False)
+    assert_same(*map(evaluated, found))
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_rows_threads_and_restarts_change_nothing(folder, in_memory):
-  name, _ = folder
-  source = open_source(name, "train")
-  if in_memory:
-    source = sources.load(source, (12, 12))
-  whole = take(source, 5, threads=1)
-  for kwargs in ({"threads": 3}, {"step": 0}):
-    assert_same(joined(take(source, 5, **kwargs)), joined(whole))
-  assert_same(joined(take(source, 2, step=3)), joined(whole[3:]))
-  halves = [take(source, 5, rows=rows) for rows in ((0, 5), (5, 16))]
+@pytest.mark.parametrize("held", [True, False])
+def test_rows_threads_and_restarts_change_nothing(folder, held):
+  make = in_memory if held else opened
+  data = make(folder[0], threads=1)
+  whole = take(data, 5)
+  assert_same(joined(take(make(folder[0], threads=3), 5)), joined(whole))
+  assert_same(joined(take(data, 5, step=0)), joined(whole))
+  assert_same(joined(take(data, 2, step=3)), joined(whole[3:]))
+  halves = [take(data, 5, rows=rows) for rows in ((0, 5), (5, 16))]
   for batch, low, high in zip(whole, *halves):
     assert_same(joined([low, high]), batch)
   far = 2**40  # Positions beyond 32 bits.
-  assert_same(take(source, 2, step=far - 1)[1], take(source, 1, step=far)[0])
-  other = joined(take(source, 5, seed=1))
+  assert_same(take(data, 2, step=far - 1)[1], take(data, 1, step=far)[0])
+  other = joined(take(data, 5, seed=1))
   assert not np.array_equal(other["index"], joined(whole)["index"])
 
 
 def test_streamed_views_are_drawn_apart(folder):
-  name, _ = folder
-  source = open_source(name, "train")
-  batch = take(source, 1, batch_size=50, scale=(0.2, 0.5))[0]
-  again = take(source, 1, batch_size=50, step=1, scale=(0.2, 0.5))[0]
+  data = opened(folder[0], crops=CROPS | {"crop_scale": (0.2, 0.5)})
+  batch = take(data, 1, batch_size=50)[0]
+  again = take(data, 1, batch_size=50, step=1)[0]
   assert batch["image"].shape == (50, 2, 12, 12, 3)
   differs = (batch["image"][:, 0] != batch["image"][:, 1]).any((1, 2, 3))
   assert differs.mean() > 0.9
@@ -186,29 +213,74 @@ def test_streamed_views_are_drawn_apart(folder):
   assert (first != second).any((1, 2, 3, 4)).all()
 
 
-def test_eval_batches_hold_every_record_once(folder):
+def test_a_streamed_crop_is_that_of_its_seed_and_position(folder):
   name, pictures = folder
-  source = open_source(name, "train")
-  batches = list(pipeline.eval_batches(source, batch_size=16, size=12))
+  crops = {
+    "image": {"name": "views", "size": 12, **CROPS},
+    "small": {"name": "views", "of": "image", "size": 5, "views": 3},
+  }
+  section = {"source": name, "columns": {"image": {}}, "augment": crops}
+  data = open_data(section)
+  batch = take(data, 1, seed=4, step=3)[0]
+  assert {key: value.shape for key, value in batch.items()} == {
+    "index": (16,),
+    "image": (16, 2, 12, 12, 3),
+    "small": (16, 3, 5, 5, 3),
+  }
+  for row, index in enumerate(batch["index"]):
+    chances = images.crop_chances(4, 48 + row, 2)
+    for view in range(2):
+      expected = images.crop_randomly(
+        pictures[index], 12, chances[view], (0.2, 1.0), (3 / 4, 4 / 3)
+      )
+      np.testing.assert_array_equal(batch["image"][row, view], expected)
+  alone = take(open_data(section | {"augment": {"image": crops["image"]}}), 1, seed=4,
+               step=3)[0]  # fmt: skip
+  np.testing.assert_array_equal(alone["image"], batch["image"])
+
+
+def test_evaluation_holds_every_record_once(folder):
+  name, pictures = folder
+  split = opened(name).train
+  batches = list(split.batches(batch_size=16))
   assert [b["image"].shape for b in batches] == [(16, 1, 12, 12, 3)] * 4
   whole = joined(batches)
   np.testing.assert_array_equal(whole["index"][:50], np.arange(50))
   np.testing.assert_array_equal(whole["index"][50:], -1)
   np.testing.assert_array_equal(whole["label"][50:], -1)
   np.testing.assert_array_equal(whole["image"][:50, 0], pictures)
-  parts = [
-    pipeline.eval_batches(source, batch_size=16, size=12, rows=rows)
-    for rows in ((0, 8), (8, 16))
-  ]
+  assert not whole["image"][50:].any()
+  parts = [split.batches(batch_size=16, rows=rows) for rows in ((0, 8), (8, 16))]
   for batch, low, high in zip(batches, *parts):
     assert_same(joined([low, high]), batch)
+  assert set(evaluated(split, keys=["label"])) == {"index", "label"}
+  np.testing.assert_array_equal(split.labels(), whole["label"][:50])
+
+
+@pytest.mark.parametrize("make", [opened, in_memory])
+def test_given_records(folder, make):
+  name, pictures = folder
+  split = make(name).train
+  wanted = [[3, 1, 49], [], list(range(40, 50))]
+  found = list(split.record_batches(wanted, batch_size=10, keys=["image"]))
+  for records, (batch, told) in zip(wanted, found):
+    rows = len(records)
+    assert batch["image"].shape == (10, 1, 12, 12, 3)
+    np.testing.assert_array_equal(batch["image"][:rows, 0], pictures[records])
+    assert not batch["image"][rows:].any()
+    np.testing.assert_array_equal(batch["index"], records + [-1] * (10 - rows))
+    assert [r["label"] for r in told] == [i * 3 // 50 for i in records]
+    assert [r["id"] for r in told] == [
+      f"{'abc'[i * 3 // 50]}/{i:04d}.png" for i in records
+    ]
+  (record,) = split.records([7])
+  assert record["id"] == "a/0007.png" and record["path"].endswith(record["id"])
+  np.testing.assert_array_equal(split.picture(7), pictures[7])
 
 
 def test_rows_outside_the_batch(folder):
   with pytest.raises(ValueError, match=r"rows \(8, 17\)"):
-    pipeline.batches(
-      open_source(folder[0], "train"), seed=0, batch_size=16, rows=(8, 17), **CROPS
-    )
+    opened(folder[0]).batches(seed=0, batch_size=16, rows=(8, 17))
 
 
 # Crops and decoding.
@@ -357,29 +429,31 @@ def test_folder_with_text_and_a_broken_jpeg(tmp_path, caplog):
   (tmp_path / ".hidden.png").write_bytes(b"")
   broken = tmp_path / "b" / "0010x.jpg"  # Record 11: after b/0010.png.
   broken.write_bytes(encode(RGB, "JPEG")[:500])
-  source = open_source(f"folder:{tmp_path}", "train")
-  assert len(source) == 31
-  assert source.class_names == ("a", "b", "c")
-  batches = take(source, 4, batch_size=31, **WHOLE)
+  data = opened(f"folder:{tmp_path}", crops=WHOLE)
+  assert len(data.train) == 31
+  assert data.train.classes["label"] == ("a", "b", "c")
+  batches = take(data, 4, batch_size=31)
   for batch in batches:
     # Every good record once, and the one after the broken one twice.
     expected = np.sort(np.append(np.delete(np.arange(31), 11), 12))
     np.testing.assert_array_equal(np.sort(batch["index"]), expected)
-  restarted = open_source(f"folder:{tmp_path}", "train")
-  assert_same(take(restarted, 1, batch_size=31, step=2, **WHOLE)[0], batches[2])
-  assert list(source.bad) == [11]
+  restarted = opened(f"folder:{tmp_path}", crops=WHOLE)
+  assert_same(take(restarted, 1, batch_size=31, step=2)[0], batches[2])
+  assert list(data.train.bad) == [11]
   messages = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
   assert len(messages) == 2  # Once for each time that the folder was opened.
   assert "record 11" in messages[0]
   assert "0010x.jpg" in messages[0]
-  loaded = sources.load(open_source(f"folder:{tmp_path}", "train"), (12, 12))
-  assert_same(joined(take(loaded, 4, batch_size=31)), joined(batches))
-  for each in (source, loaded):
-    whole = joined(list(pipeline.eval_batches(each, batch_size=8, size=12)))
+  held = in_memory(f"folder:{tmp_path}")
+  assert_same(joined(take(held, 4, batch_size=31)), one_view(joined(batches)))
+  for each in (data, held):
+    whole = evaluated(each.train, 8)
     kept = whole["index"] >= 0
     np.testing.assert_array_equal(whole["index"][kept], np.delete(np.arange(31), 11))
     np.testing.assert_array_equal(whole["image"][kept, 0], pictures)
     np.testing.assert_array_equal(whole["label"] >= 0, kept)
+  ((_, told),) = data.train.record_batches([[10, 11, 12]], batch_size=4)
+  assert [isinstance(record, Exception) for record in told] == [False, True, False]
 
 
 @pytest.mark.parametrize(("good", "broken"), [(40, 11), (0, 3)])
@@ -387,52 +461,58 @@ def test_too_many_corrupt_records_end_the_run(tmp_path, good, broken):
   write_folder(tmp_path, good) if good else None
   for i in range(broken):
     (tmp_path / f"x{i}.png").write_bytes(b"broken")
-  source = open_source(f"folder:{tmp_path}", "train")
   with pytest.raises(DataError, match=f"{broken} of {good + broken} records"):
-    take(source, 20)
+    take(opened(f"folder:{tmp_path}"), 20)
 
 
 def test_ten_corrupt_records_do_not(tmp_path):
   write_folder(tmp_path, 40)
   for i in range(10):
     (tmp_path / f"x{i}.png").write_bytes(b"broken")
-  source = open_source(f"folder:{tmp_path}", "train")
-  take(source, 20)
-  assert len(source.bad) == 10
+  data = opened(f"folder:{tmp_path}")
+  take(data, 20)
+  assert len(data.train.bad) == 10
 
 
 def test_splits_of_a_folder(tmp_path):
   write_folder(tmp_path / "train", 30)
   write_folder(tmp_path / "val", 12)
   name = f"folder:{tmp_path}"
-  assert len(open_source(name, "train")) == 30
-  assert len(open_source(name, "test")) == 12
-  assert len(open_source(name, "val[:50%]")) == 6
-  assert len(open_source(name, "train[10:]+test")) == 32
-  inner = open_source(f"{name}/val", "train")
+  data = opened(name)
+  assert len(data.train) == 30
+  assert len(data.test) == 12
+  assert data.split("test") is data.test
+  assert len(data.split("val[:50%]")) == 6
+  assert len(data.split("train[10:]+test")) == 32
+  inner = opened(f"{name}/val").train
   assert len(inner) == 12
   # Parts are mixed over the classes, and share nothing.
-  parts = [open_source(f"{name}/val", f"train[{p}]").files for p in (":75%", "75%:")]
-  assert [len(p) for p in parts] == [9, 3]
-  assert sorted(parts[0] + parts[1]) == list(inner.files)
-  assert parts[0] != inner.files[:9]
+  parts = [opened(f"{name}/val", f"train[{p}]").train for p in (":75%", "75%:")]
+  first, second = (part.source.files for part in parts)
+  assert (len(first), len(second)) == (9, 3)
+  assert sorted(first + second) == list(inner.source.files)
+  assert first != inner.source.files[:9]
   with pytest.raises(DataError, match="no split 'dev'"):
-    open_source(name, "dev")
+    opened(name, "dev")
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
   (tmp_path / "one.JPG").write_bytes(encode(RGB, "JPEG"))
-  source = open_source(f"folder:{tmp_path}", "train")
-  assert source.keys == ("index", "image")
-  assert set(take(source, 1)[0]) == {"index", "image"}
+  data = opened(f"folder:{tmp_path}")
+  assert data.train.classes == {"image": None, "label": None}
+  assert (take(data, 1)[0]["label"] == -1).all()
+  assert data.train.labels() is None
+  columns = {"image": {}, "label": {"kind": "label", "field": "label"}}
+  with pytest.raises(DataError, match=r"no field 'label' \(data.columns.label.field\)"):
+    opened(f"folder:{tmp_path}", columns=columns)
 
 
 def test_an_empty_folder(tmp_path):
   (tmp_path / "readme.txt").write_text("")
   with pytest.raises(DataError, match="no image in .*1 other file"):
-    open_source(f"folder:{tmp_path}", "train")
+    opened(f"folder:{tmp_path}")
   with pytest.raises(DataError, match="there is no folder"):
-    open_source(f"folder:{tmp_path}/absent", "train")
+    opened(f"folder:{tmp_path}/absent")
 
 
 # TensorFlow Datasets.
@@ -500,21 +580,23 @@ def test_a_prepared_data_set(tmp_path, monkeypatch):
   kinds = [("PNG", {}), ("WEBP", {"lossless": True})]
   data = [encode(p, kinds[i % 2][0], **kinds[i % 2][1]) for i, p in enumerate(pictures)]
   write_tfds(tmp_path, data)
-  memory = open_source("tiny", "train", str(tmp_path))
-  stream = open_source("tiny", "train", str(tmp_path), memory_limit=0)
-  assert memory.class_names == ("x", "y", "z")
-  assert memory.arrays is not None
-  assert stream.arrays is None
-  assert_same(joined(take(memory, 6, **WHOLE)), joined(take(stream, 6, **WHOLE)))
-  np.testing.assert_array_equal(memory.arrays["image"], pictures)
-  np.testing.assert_array_equal(memory.arrays["label"], np.arange(40) % 3)
+  memory = opened("tiny", data_dir=str(tmp_path))
+  stream = opened("tiny", data_dir=str(tmp_path), limit=0, crops=WHOLE)
+  assert memory.train.classes["label"] == ("x", "y", "z")
+  assert memory.spec["image"].shape == (12, 12, 3)
+  assert memory.train.held is not None
+  assert stream.train.held is None
+  assert_same(joined(take(memory, 6)), one_view(joined(take(stream, 6))))
+  whole = evaluated(memory.train, 40)
+  np.testing.assert_array_equal(whole["image"][:, 0], pictures)
+  np.testing.assert_array_equal(whole["label"], np.arange(40) % 3)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  part = open_source("tiny:1.0.0", "train[:25%]")
-  np.testing.assert_array_equal(part.arrays["image"], pictures[:10])
+  part = opened("tiny:1.0.0", "train[:25%]").train
+  np.testing.assert_array_equal(evaluated(part, 10)["image"][:, 0], pictures[:10])
   with pytest.raises(DataError, match=r"no split 'test'.*it has: train"):
-    open_source("tiny", "test")
+    opened("tiny").test  # noqa: B018
   with pytest.raises(DataError, match="is empty"):
-    open_source("tiny", "train[:0]")
+    opened("tiny", "train[:0]")
 
 
 def test_a_flipped_bit_in_a_record_file(tmp_path):
@@ -524,17 +606,17 @@ def test_a_flipped_bit_in_a_record_file(tmp_path):
   raw = bytearray(file.read_bytes())
   raw[raw.index(data[7]) + 50] ^= 4
   file.write_bytes(raw)
-  stream = open_source("tiny", "train", str(tmp_path), memory_limit=0)
-  memory = open_source("tiny", "train", str(tmp_path))
-  assert_same(joined(take(memory, 6, **WHOLE)), joined(take(stream, 6, **WHOLE)))
-  assert list(stream.bad) == list(memory.bad) == [7]
+  stream = opened("tiny", data_dir=str(tmp_path), limit=0, crops=WHOLE)
+  memory = opened("tiny", data_dir=str(tmp_path))
+  assert_same(joined(take(memory, 6)), one_view(joined(take(stream, 6))))
+  assert list(stream.train.bad) == list(memory.train.bad) == [7]
 
 
 def test_tfrecord_is_refused_with_the_command_that_converts_it(tmp_path):
   write_tfds(tmp_path, [b""], "tfrecord")
   command = "python -m clj.data.ingest .*tiny/1.0.0 OTHER_DATA_DIR/tiny$"
   with pytest.raises(DataError, match=command):
-    open_source("tiny", "train", str(tmp_path))
+    opened("tiny", data_dir=str(tmp_path))
 
 
 def test_a_directory_that_was_converted(tmp_path):
@@ -545,14 +627,14 @@ def test_a_directory_that_was_converted(tmp_path):
   info = json.loads(path.read_text())
   info.update(fileFormat="tfrecord", alternativeFileFormats=["array_record"])
   path.write_text(json.dumps(info))
-  source = open_source("tiny", "train", str(tmp_path))
-  np.testing.assert_array_equal(source.arrays["image"], pictures)
+  split = opened("tiny", data_dir=str(tmp_path)).train
+  np.testing.assert_array_equal(evaluated(split, 4)["image"][:, 0], pictures)
 
 
 def test_a_missing_record_file(tmp_path):
   write_tfds(tmp_path, [encode(RGB)]).unlink()
   with pytest.raises(DataError, match="lacks the file"):
-    open_source("tiny", "train", str(tmp_path))
+    opened("tiny", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["imagenet2012", "mnist", "no_such_set"])
@@ -560,9 +642,9 @@ def test_an_absent_data_set_names_the_ways_out(tmp_path, monkeypatch, name):
   def offline(*args, **kwargs):
     raise OSError("no network in this test")
 
-  monkeypatch.setattr(sources.urllib.request, "urlopen", offline)
+  monkeypatch.setattr(tfds.urllib.request, "urlopen", offline)
   with pytest.raises(DataError) as error:
-    open_source(name, "train", str(tmp_path))
+    opened(name, data_dir=str(tmp_path))
   message = str(error.value)
   assert "\n" not in message
   for way in (name, str(tmp_path), "tfds build", "data_dir", "shapes", "folder:/path"):
@@ -573,33 +655,43 @@ def test_a_server_that_never_answers(monkeypatch):
   import threading
 
   never = threading.Event()
-  monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *a, **k: never.wait())
-  assert not sources._answers("https://example.org/file")
+  monkeypatch.setattr(tfds.urllib.request, "urlopen", lambda *a, **k: never.wait())
+  assert not tfds._answers("https://example.org/file")
   never.set()
 
 
 def test_a_set_without_pictures(tfds_data_dir):
-  with pytest.raises(DataError, match=r"no feature 'image'.*sentence1"):
-    open_source("stsb", "train", tfds_data_dir)
+  said = r"no feature 'image' that is an image \(data.columns.image.field\).*sentence1"
+  with pytest.raises(DataError, match=said):
+    opened("stsb", data_dir=tfds_data_dir)
 
 
 def test_cifar10_from_memory_and_stream(tfds_data_dir):
-  memory = open_source("cifar10", "test[:200]", tfds_data_dir)
-  stream = open_source("cifar10", "test[:200]", tfds_data_dir, memory_limit=0)
-  assert len(memory.class_names) == 10
-  whole = {**WHOLE, "size": 32}
-  assert_same(joined(take(memory, 20, **whole)), joined(take(stream, 20, **whole)))
+  kwargs = {"data_dir": tfds_data_dir, "crops": WHOLE, "size": 32}
+  memory = opened("cifar10", "test[:200]", **kwargs)
+  stream = opened("cifar10", "test[:200]", limit=0, **kwargs)
+  assert len(memory.train.classes["label"]) == 10
+  assert_same(joined(take(memory, 20)), one_view(joined(take(stream, 20))))
+
+
+# What the pipeline may know.
+
+
+def test_the_pipeline_knows_no_modality():
+  with open(pipeline.__file__) as file:
+    source = file.read()
+  for word in ("image", "text", "label", '"size"'):
+    assert word not in source
 
 
 # Processes.
 
 STREAMING = """
   import sys
-  from clj.data import open_source, pipeline
-  source = open_source(sys.argv[1], "train")
-  batches = pipeline.batches(
-    source, seed=0, batch_size=16, size=12, views=2, scale=(0.2, 1), ratio=(1, 1)
-  )
+  from clj.data import open_data
+  views = {"name": "views", "size": 12, "views": 2, "crop_scale": (0.2, 1)}
+  data = open_data({"source": sys.argv[1], "augment": {"image": views}})
+  batches = data.batches(seed=0, batch_size=16)
   for _ in range(5):
     next(batches)
   print("running", flush=True)

@@ -45,7 +45,7 @@ def _section(
     "test_split": test_split,
     "data_dir": data_dir,
     "threads": threads,
-    "columns": {k: v for k, v in (columns or _DEFAULT).items() if v},
+    "columns": {k: v for k, v in (columns or _DEFAULT).items() if v is not None},
     "augment": augment or {},
     "mixture": tuple(mixture or ()),
     "balanced": balanced or {},
@@ -379,6 +379,7 @@ def open_data(
   workdir=None,
   started: bool = False,
   memory_limit: int = MEMORY_LIMIT,
+  source: Source | None = None,
 ) -> Data:
   """Opens what the section `data` of a config describes; nothing is decoded yet.
 
@@ -388,12 +389,14 @@ def open_data(
     started: whether the run has begun: its tokenizers are taken from there then, else
       they are learned or opened, and process 0 saves them.
     memory_limit: bytes of a split that may be held in memory; 0: everything streams.
+    source: the training split, where it is one's own; it gives the columns by name.
 
   Raises:
     UserError, DataError: one line that names the key of the config.
   """
   section = _checked(section)
-  source = _open(section, section["train_split"], memory_limit)
+  if source is None:
+    source = _open(section, section["train_split"], memory_limit)
   tokenizers = _tokenizers(section["columns"], source, workdir, started)
   return _opened(section, tokenizers, memory_limit, source)
 
@@ -502,7 +505,7 @@ def _with_valid(section, columns):
     name
     for part in section["mixture"]
     for name, options in (part.get("columns") or {}).items()
-    if not options and columns[name].fill.get(name) != -1
+    if options is None and columns[name].fill.get(name) != -1
   }
   return {n: column._replace(valid=n in lacking) for n, column in columns.items()}
 
@@ -530,7 +533,7 @@ def _open(section, split, limit, lenient=()) -> Source:
     for column, base in section["columns"].items():
       if column not in own:
         mine[column] = wants[column]
-      elif own[column]:
+      elif own[column] is not None:
         mine[column] = _want(column, {"kind": column} | base | own[column])
     sources.append(
       open_source(

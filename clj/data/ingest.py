@@ -38,7 +38,7 @@ from PIL import Image
 from clj.cli import UserError
 from clj.data import files, images, shards, tables
 from clj.data.columns import class_text, distinct, strings
-from clj.data.source import KEY, DataError, Want, first_line
+from clj.data.source import DataError, Want, first_line
 
 MAX_PIXELS = images.MAX_PIXELS
 _REASONS = 100  # that are kept of a part
