@@ -150,20 +150,28 @@ def columns_of(path: str, schema, wants: dict[str, Want]) -> list[str]:
 
 
 def rows(table, wants: dict[str, Want], disk=_Disk):
-  """`Source.reader` of a table that `read_table` gave."""
+  """`Source.reader` of a table that `read_table` gave.
+
+  A record is called by its first file, if it has one, else by its number.
+  """
 
   def read(indices, columns):
     records = []
     for i in map(int, indices):
       try:
-        record = {KEY: str(i)}
-        for column in columns:
-          value = table[wants[column].field][i].as_py()
-          if wants[column].content:
-            value, place = _content(value, table[_PATH][i].as_py(), disk)
-            record |= place
-          record[column] = value
-        records.append(record)
+        record = {}
+        for column, want in wants.items():
+          if column not in columns and not want.content:
+            continue
+          value, path = table[want.field][i].as_py(), None
+          if want.content:
+            value, path = _content(value, table[_PATH][i].as_py())
+          if path is not None:
+            record = {KEY: value, PATH: path} | record
+            value = disk.cat_file(path) if column in columns else None
+          if column in columns:
+            record[column] = value
+        records.append({KEY: str(i)} | record)
       except (OSError, ValueError) as error:
         records.append(error)
     return records
@@ -171,16 +179,15 @@ def rows(table, wants: dict[str, Want], disk=_Disk):
   return read
 
 
-def _content(value, table, disk):
-  """What a value stands for, bytes or numbers; and what it is called, if a file."""
+def _content(value, table):
+  """What a value stands for: bytes or numbers, or a file's name, and its path."""
   if isinstance(value, dict):  # as Hugging Face's data sets have it
     value = value.get("bytes") or value.get("path")
   if not isinstance(value, str) or not value:
-    return value, {}
+    return value, None
   if re.match(r"https?://", value):
     raise UserError(f"{value} is not a file; img2dataset downloads such tables")
-  path = os.path.join(os.path.dirname(table), value)
-  return disk.cat_file(path), {KEY: value, PATH: path}
+  return value, os.path.join(os.path.dirname(table), value)
 
 
 def _class_names(path, wants, disk):
