@@ -91,8 +91,9 @@ def build(
     outputs, dim = _outputs(model, workdir, what)
     texts = _texts(model.columns)
     text = next((n for n in outputs if n in texts), next(iter(texts), None))
+    wanted = [name for name in outputs if name not in texts]
     opened, described = _open(
-      model, workdir, text, source, split, data_dir, fields, caption, threads
+      model, workdir, text, wanted, source, split, data_dir, fields, caption, threads
     )
     if not described["caption"]:
       text = None
@@ -191,7 +192,9 @@ def _texts(columns) -> list[str]:
   return [name for name, column in columns.items() if column.tokenizer is not None]
 
 
-def _open(model, workdir, text, source, split, data_dir, fields, caption, threads):
+def _open(
+  model, workdir, text, wanted, source, split, data_dir, fields, caption, threads
+):
   """The split to embed, and how it is opened again: a part of index.json."""
   section = model.config["data"]
   own = source in (None, section["source"])
@@ -218,7 +221,8 @@ def _open(model, workdir, text, source, split, data_dir, fields, caption, thread
   run = data_of_run(section, workdir, memory_limit=0)
 
   def opened(caption):
-    columns = {name: {"field": field} for name, field in described["fields"].items()}
+    named = {name: name for name in wanted} | described["fields"]  # must be there
+    columns = {name: {"field": field} for name, field in named.items()}
     if "label" not in section["columns"]:
       columns.setdefault("label", {"kind": "label"})
     if text and caption:
