@@ -14,8 +14,6 @@ from clj.evals import embedder as at_work
 from clj.evals.accuracy import accuracy
 from clj.evals.measure import best_metric, make_evaluate, table
 
-
-
 VIEWS = {"name": "views", "size": 32, "views": 2, "crop_scale": (0.9, 1.0)}
 DATA = {
   "source": "shapes/compositions",
@@ -184,9 +182,9 @@ def test_every_text_of_a_record_has_a_row_and_its_place():
 
 
 def test_views_are_those_of_training():
-  augment = lambda rng, batch: batch | {
-    "image": jnp.stack([batch["image"] / 255] * 3, axis=1)
-  }
+  augment = lambda rng, batch: (
+    batch | {"image": jnp.stack([batch["image"] / 255] * 3, axis=1)}
+  )
   data = opened()
   with on(2):
     model = at_work.make_embedder(
@@ -254,7 +252,10 @@ def test_an_evaluation_stops_between_any_two_batches():
     ({"accuracy": {}}, "'accuracy' needs 'label'"),
     ({"zeroshot": {}}, "'zeroshot' needs 'label'"),
     ({"retrieval": {"final_only": True}}, "'retrieval': there is no 'text' among"),
-    ({"diagnostics": {"layer": "patches"}}, "no 'patches' among .* features, image, logits"),
+    (
+      {"diagnostics": {"layer": "patches"}},
+      "no 'patches' among .* features, image, logits",
+    ),
   ],
 )
 def test_what_the_data_cannot_give_is_refused_before_training(tmp_path, evals, line):
@@ -328,8 +329,7 @@ def test_accuracy_of_logits():
     accuracy(logits, np.where(np.arange(301) == 5, 9, labels))
 
 
-def test_a_split_model_is_never_whole_outside_of_a_layer():
-  """Parameters go into the program as they lie, and only what is asked for comes out."""
+def test_parameters_go_in_as_they_lie_and_only_what_is_asked_for_comes_out():
   data, words = opened(), opened().limits["text"]
   params = {"w": jnp.ones((words, 8)), "unused": jnp.ones((16, 8))}
 
@@ -355,6 +355,9 @@ def test_a_split_model_is_never_whole_outside_of_a_layer():
 
 @pytest.mark.slow
 def test_a_config_is_trained_first(tmp_path, monkeypatch, capsys):
+  from clj.train import train
+  from configs import lit
+
   monkeypatch.chdir(lit.__file__.rpartition("/configs/")[0])
   config = lit.get_config("smoke").to_dict() | {
     "init_from": "configs/simclr.py:smoke",

@@ -246,7 +246,7 @@ class Data:
 
   def __init__(self, section, columns, source, limit):
     self.section, self.columns, self._limit = section, columns, limit
-    self.name = section["source"] or source.name
+    self.name = section["source"] or getattr(source, "name", "")
     self._source = source
     self.saved = {name: c.saved for name, c in columns.items() if c.saved}
     self.limits = {k: v for c in columns.values() for k, v in c.limits.items()}
@@ -423,10 +423,10 @@ def expected_spec(section: dict) -> dict[str, Shape]:
   return _spec(_with_valid(section, columns))
 
 
-def columns_of_run(section: dict, workdir) -> dict[str, Column]:
-  """The columns of a run by its workdir, without its data where they can do without.
+def data_of_run(section: dict, workdir, memory_limit: int = MEMORY_LIMIT) -> Data:
+  """The data of a run by its workdir, not looked at where that can be done without.
 
-  Classes then have no names.
+  It is there for its columns, and to open `other` data like it: classes have no names.
 
   Raises:
     UserError, DataError: as `open_data`.
@@ -443,8 +443,10 @@ def columns_of_run(section: dict, workdir) -> dict[str, Column]:
       about = About(name, crops=_crop_sets(checked, name), tokenizer=tokenizer)
       columns[name] = _make(COLUMNS[kind], about, options)
   except UserError:  # a shape that only the data tell
-    return open_data(section, workdir=workdir, started=True).columns
-  return columns
+    return open_data(
+      section, workdir=workdir, started=True, memory_limit=memory_limit
+    )
+  return Data(checked, columns, None, memory_limit)
 
 
 def _spec(columns):

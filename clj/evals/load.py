@@ -15,7 +15,7 @@ from clj import augment as augmentation
 from clj import sharding
 from clj.cli import UserError
 from clj.data import images, open_data
-from clj.data.dataset import columns_of_run
+from clj.data.dataset import data_of_run
 from clj.evals.measure import make_evaluate, table
 from clj.evals.rows import is_picture
 from clj.methods import make_method
@@ -79,7 +79,7 @@ def load(directory, step: int | None = None, mesh: Mesh | None = None) -> Loaded
   state = checkpoints.restore_tree(
     step, placed if mesh is not None else None, parts=("params", "extra")
   )
-  columns = columns_of_run(config["data"], directory)
+  columns = data_of_run(config["data"], directory).columns
   _check_saved(columns, checkpoints.clock(step).get("columns", {}), directory)
   method = make_method(config["method"], config["model"], config["total_steps"])
   texts = [name for name, c in columns.items() if c.tokenizer is not None]
