@@ -23,7 +23,7 @@ def get_config(variant=None):
 
 
 def demo():
-  """A student of a third of the teacher's image tower, which is trained first."""
+  """A student of half the teacher's widths; the teacher is trained first."""
   return {
     "seed": 0,
     "batch_size": 128,
