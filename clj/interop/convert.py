@@ -39,6 +39,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 SECTIONS = {
   "seed": 0,
   "batch_size": 256,
+  "total_steps": 1,
   "mesh": {"data": -1, "fsdp": 1},
   "evals": {"zeroshot": {}, "retrieval": {}},
   "data": {
