@@ -9,9 +9,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from clj import models, plan, sharding, train
+from clj import models, sharding, train
 from clj.method import Aux, Method, keep
-from clj.planning import hlo
+from clj.planning import chips, hlo
+from clj.planning.step import compile_step
 from configs import simclr
 from tests import tpu
 
@@ -179,7 +180,7 @@ def test_the_first_rule_that_matches_decides(monkeypatch):
     "fsdp": 4,
     "rules": (("projector/dense1", ("fsdp",)), ("projector", ())),
   }
-  step = plan.compile_step(config, plan.Topology("local"))
+  step = compile_step(config, chips.Topology("local"))
   found = {
     sharding.name(path): leaf.sharding.spec
     for path, leaf in jax.tree_util.tree_leaves_with_path(step.program.state.params)
