@@ -18,7 +18,7 @@ def get_config(variant=None):
 
 
 def demo():
-  """A student of a quarter of the width; the test shows unseen compositions."""
+  """A student of half the teacher's widths; the teacher is trained first."""
   return {
     "batch_size": 128,
     "total_steps": 450,
