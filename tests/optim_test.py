@@ -333,9 +333,10 @@ def test_all_groups_that_match_multiply(name, options):
   history = list(run(tx, params, steps=6))
   gradients = [by_name(grads) for _, grads, _ in history]
   expected = twin(name, by_name(params), gradients, rates, decays, **options)
+  atol = 5e-5 if name == "adamw" else 2e-6  # 1 - 0.999^t has lost digits in float32
   for n, found in by_name(history[-1][0]).items():
     if not n.startswith("probe/"):
-      np.testing.assert_allclose(found, expected[n], rtol=1e-5, atol=2e-6, err_msg=n)
+      np.testing.assert_allclose(found, expected[n], rtol=1e-5, atol=atol, err_msg=n)
   # DINOv2's freeze: not a bit moves while the rate is 0, decay included.
   last = [np.asarray(p["head"]["last"]["kernel"]) for p, _, _ in history]
   np.testing.assert_array_equal(last[1], params["head"]["last"]["kernel"])
@@ -378,8 +379,7 @@ def clj_name(name):
   """A name of DINOv2, BEiT or timm as one of ours; the leaf does not matter."""
   parts = name.split(".")
   if parts[0] == "blocks":
-    index = parts[-4] if parts[-2] in ("qkv", "proj", "fc1", "fc2") else parts[-3]
-    index = next(p for p in parts[2:0:-1] if p.isdigit()) if index else index
+    index = [part for part in parts[1:3] if part.isdigit()][-1]  # in its chunk or not
     return f"backbone/encoder/block{index}/" + "/".join(parts[2:])
   module = ".".join(parts[:2]) if parts[0] == "patch_embed" else parts[0]
   return f"backbone/{CLJ_NAMES.get(module, module)}/{parts[-1]}"
@@ -473,8 +473,9 @@ def test_the_trust_ratio_of_each_layer_of_a_stack():
 )
 def test_whose_gradient_is_clipped(by, module):
   """Frozen parameters and those of other optimisers are in no norm."""
+  largest = 4.0 if by == "parameter" else 5.5  # some are larger, some are not
   tx, _ = build(
-    "sgd", learning_rate=1.0, momentum=0.0, clip_norm=4.0, clip_by=by,
+    "sgd", learning_rate=1.0, momentum=0.0, clip_norm=largest, clip_by=by,
     frozen="^backbone/position$",
     groups=[("/mask$", {"name": "sgd", "learning_rate": 1.0, "momentum": 0.0})],
   )  # fmt: skip
@@ -486,7 +487,7 @@ def test_whose_gradient_is_clipped(by, module):
   for n, g in grads.items():
     if n not in alone:
       squares[module(n)] = squares.get(module(n), 0.0) + np.sum(np.float64(g) ** 2)
-  factors = {k: min(1.0, 4.0 / np.sqrt(s)) for k, s in squares.items()}
+  factors = {k: min(1.0, largest / np.sqrt(s)) for k, s in squares.items()}
   assert min(factors.values()) < 1 and (by == "global") == (max(factors.values()) < 1)
   for n, g in grads.items():
     if n not in alone:
@@ -499,15 +500,17 @@ def test_whose_gradient_is_clipped(by, module):
 @pytest.mark.parametrize("by", ["global", "parameter", "module"])
 def test_frozen_is_frozen_whatever_else_is_said(name, by):
   """No update, decay, momentum or state; and nobody's norm feels its gradient."""
-  options = dict(
-    weight_decay={"name": "cosine", "start": 0.1, "end": 0.4}, clip_norm=0.1,
-    clip_by=by, layer_decay={"rate": 0.9},
-    groups=[
+  options = {
+    "weight_decay": {"name": "cosine", "start": 0.1, "end": 0.4},
+    "clip_norm": 0.1,
+    "clip_by": by,
+    "layer_decay": {"rate": 0.9},
+    "groups": [
       (".", {"multiplier": 3.0, "weight_decay": 0.3}),
       ("block1", {"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.1}),
       ("^head/", {"zero_until": 1}),
     ],
-  )  # fmt: skip
+  }
   tx, _ = build(name, frozen="^backbone/encoder/|^head/last/", **options)
   params = tower()
   state = tx.init(params)
