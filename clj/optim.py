@@ -86,8 +86,8 @@ def make(
       and their `weight_decay` may be the description of a schedule (`clj.schedules`).
     total_steps: of the schedules, warm-up included.
     batch_size: global batch, for `scaling`.
-    learning_rate: at the peak; or the description of a schedule, in place of the next
-      options but one. Multiplied by `batch_size / 256` where `scaling` is "linear", by
+    learning_rate: at the peak; or the description of a schedule, in place of warm-up
+      and floor. Multiplied by `batch_size / 256` where `scaling` is "linear", by
       `sqrt(batch_size)` where it is "sqrt" (SimCLR: 0.3 and 0.075).
     warmup_steps: linear warm-up from 0, which is the learning rate of step 0; or
       `warmup_fraction` of `total_steps`. A half cosine follows.

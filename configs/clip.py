@@ -148,7 +148,14 @@ def smoke():
       "evals": only(
         zeroshot={"templates": ("a {}",)},
         retrieval={},
-        knn={"k": 20, "temperature": 0.1, "data": {"source": "shapes"}},
+        knn={
+          "k": 20,
+          "data": {
+            "source": "shapes",
+            "train_split": "train[:512]",
+            "test_split": "test[:256]",
+          },
+        },
       ),
     },
   )

@@ -1,10 +1,11 @@
 """CLIP that imitates the similarities of a larger CLIP, as open_clip distils.
 
-    python -m clj.main --config=configs/clip_distill.py[:VARIANT] [--config.key=value ...]
+    python -m clj.main --config=configs/clip_distill.py             # demo
+    python -m clj.main --config=configs/clip_distill.py:VARIANT [--config.key=value ...]
 
-variant  data                    published result, hardware
-demo     rendered compositions   two CPU cores; trains the teacher, clip.py's demo, first
-smoke    rendered compositions   two steps at test size, of a teacher that knows nothing
+variant  data                   hardware
+demo     rendered compositions  two CPU cores; trains clip.py's demo, the teacher, first
+smoke    rendered compositions  two steps at test size; the teacher knows nothing
 
 `--show` prints a recipe whole. What we measured ourselves is in the README's table; the
 keys of the student are explained in `demo` of `configs/clip.py`.
