@@ -28,14 +28,6 @@ LARS = {
 }
 
 
-def load_golden(name):
-  paths = os.environ.get("CLJ_GOLDEN_DIR", "../shared/golden:../shared/golden2")
-  for path in paths.split(":"):
-    if os.path.exists(os.path.join(path, name)):
-      return np.load(os.path.join(path, name))
-  pytest.skip(f"no {name} in {paths!r}; set CLJ_GOLDEN_DIR")
-
-
 def lars_steps(golden, options):
   """Parameters and momentum after each of the steps that the file has gradients for."""
   excluded = r"(^|/)(b1|gamma)$"
@@ -58,13 +50,8 @@ def lars_steps(golden, options):
 
 
 @pytest.mark.parametrize("name", LARS)
-<<<<<<< HEAD
 def test_lars_is_the_official_one(name, golden_file):
   golden = np.load(golden_file(f"lars_{name}.npz"))
-=======
-def test_lars_is_the_official_one(name):
-  golden = load_golden(f"lars_{name}.npz")
->>>>>>> optim
   slot, sign = SLOTS.get(name.split("_")[0], ("mu", 1))
   for step, params, momentum in lars_steps(golden, LARS[name]):
     for n in PARAMETERS:
@@ -397,8 +384,8 @@ def clj_name(name):
     ("timm_vit_names", "timm_vit_lr_multiplier"),
   ],
 )
-def test_layer_decay_is_the_official_one(names, expected):
-  golden = load_golden("layer_decay.npz")
+def test_layer_decay_is_the_official_one(names, expected, golden_file):
+  golden = np.load(golden_file("layer_decay.npz"))
   depth, rate = int(golden["depth"]), float(golden["layerwise_decay"])
   flat = {clj_name(n): np.zeros(2) for n in golden[names]}
   assert len(flat) == len(golden[names])

@@ -1,7 +1,5 @@
 """Schedules against the official ones, float64 twins, and at large steps."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +8,9 @@ import pytest
 from clj import schedules
 
 
-def golden(name):
-  paths = os.environ.get("CLJ_GOLDEN_DIR", "../shared/golden:../shared/golden2")
-  for path in paths.split(":"):
-    if os.path.exists(os.path.join(path, name)):
-      return np.load(os.path.join(path, name))
-  pytest.skip(f"no {name} in {paths!r}; set CLJ_GOLDEN_DIR")
+@pytest.fixture(scope="module")
+def golden(golden_file):
+  return np.load(golden_file("schedules.npz"))
 
 
 # By array of the file: the description, as a function of the file, and the steps.
@@ -73,24 +68,24 @@ def values(description, total_steps, steps):
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_schedules(name):
-  g = golden("schedules.npz")
+def test_official_schedules(name, golden):
+  g = golden
   description, total_steps = OFFICIAL[name](g)
   found = values(description, total_steps, np.arange(len(g[name])))
   assert found.dtype == jnp.float32 and not found.weak_type
   np.testing.assert_allclose(found, g[name], rtol=2e-6, atol=1e-7)
 
 
-def test_official_schedule_that_changes_once_an_epoch():
-  g = golden("schedules.npz")
+def test_official_schedule_that_changes_once_an_epoch(golden):
+  g = golden
   description = {"name": "constant", "value": 0.07, "every": 5, "warmup_steps": 15}
   description |= {"warmup_start": 0.04, "warmup_endpoint": True}
   expected = np.repeat(g["dino_teacher_temp_per_epoch"], 5)
   np.testing.assert_allclose(values(description, 40, np.arange(40)), expected, 1e-6)
 
 
-def test_official_frozen_prototypes():
-  g = golden("schedules.npz")
+def test_official_frozen_prototypes(golden):
+  g = golden
   begin = int(g["swav_freeze_prototypes_niters"])
   found = values({"name": "constant", "value": 1.0, "zero_until": begin}, 40, range(40))
   np.testing.assert_array_equal(found == 0, g["swav_prototypes_frozen"])

@@ -369,7 +369,7 @@ def test_a_flat_folder_without_labels_runs(tmp_path):
   values = log.last_values(tmp_path / "out", "eval/")
   assert 0 <= values["eval/diagnostics/alignment"] <= 4
   # What needs classes is refused before a step, not left out without a word.
-  with pytest.raises(UserError, match="'knn' needs label"):
+  with pytest.raises(UserError, match="'knn' needs 'label'"):
     train(tmp_path / "labels", **config | {"evals": {"knn": {"k": 5}}})
 
 

@@ -443,9 +443,7 @@ def data_of_run(section: dict, workdir, memory_limit: int = MEMORY_LIMIT) -> Dat
       about = About(name, crops=_crop_sets(checked, name), tokenizer=tokenizer)
       columns[name] = _make(COLUMNS[kind], about, options)
   except UserError:  # a shape that only the data tell
-    return open_data(
-      section, workdir=workdir, started=True, memory_limit=memory_limit
-    )
+    return open_data(section, workdir=workdir, started=True, memory_limit=memory_limit)
   return Data(checked, columns, None, memory_limit)
 
 
