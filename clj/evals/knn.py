@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from clj.cli import UserError
 from clj.evals.rows import (
   check_rows,
   class_count,
@@ -66,12 +67,12 @@ def knn(
   check_rows("train", train_features, train_labels)
   check_rows("test", test_features, test_labels)
   if train_features.shape[1:] != test_features.shape[1:]:
-    raise ValueError(
+    raise UserError(
       f"features of shape {train_features.shape} and {test_features.shape}: "
       "train and test must have one width"
     )
   if k < 1 or temperature <= 0:
-    raise ValueError(f"k={k}, temperature={temperature}: both must be positive")
+    raise UserError(f"k={k}, temperature={temperature}: both must be positive")
   mesh = context_mesh()
   bank = shard_rows(train_features, mesh, 1), shard_rows(train_labels, mesh, 1, -1)
   queries = max(1, QUERIES // mesh.size)
@@ -83,7 +84,7 @@ def knn(
   found = jax.device_get(count(*bank, *tests, jnp.float32(temperature)))
   for name in ("train", "test"):
     if not found[name]:
-      raise ValueError(f"no labelled row among the {name} features")
+      raise UserError(f"no labelled row among the {name} features")
   result = {"top1": float(found["top1"] / found["test"])}
   if num_classes > 5:
     result["top5"] = float(found["top5"] / found["test"])
