@@ -137,8 +137,9 @@ def image(
   held = (memory_size, memory_size) if memory_size else shape[:2]
   held = None if None in held else held
   size = size or next((each.size for each in about.crops), held[0] if held else 0)
-  if not size:
-    raise about.error("size", 0, "set it: no entry of data.augment makes views of it")
+  if not isinstance(size, int) or size <= 0:
+    said = "it is in pixels; without it an entry of data.augment must make views of it"
+    raise about.error("size", size, said)
 
   def decode(value):
     value = _there(value, about)
@@ -418,7 +419,7 @@ def array(
     made = _as(plain(value), kind)
     wrong = made.shape[1:] != inner if length else made.shape != shape.shape
     if wrong or (length and not made.ndim):
-      where = "" if length else f"; data.columns.{name}.length pads arrays to one"
+      where = "" if length else f": data.columns.{name}.length pads arrays to one"
       raise UserError(f"its shape is {made.shape}, not {shape.shape}{where}")
     return made[:length] if length else made
 

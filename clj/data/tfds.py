@@ -1,6 +1,7 @@
 """TensorFlow Datasets, read without TensorFlow, at random."""
 
 import functools
+import importlib.util
 import logging
 import os
 import threading
@@ -42,6 +43,7 @@ def open_tfds(
 
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
   data_dir = os.path.expanduser(str(data_dir))
+  _know_audio()
   builder = _prepared(name, data_dir) or _prepare(name, data_dir)
   info = builder.info
   formats = info.available_file_formats() | {info.file_format}
@@ -77,6 +79,32 @@ def open_tfds(
   )
 
 
+@functools.cache
+def _know_audio():
+  """Makes TFDS know its feature Audio without TensorFlow, as what is stored of it."""
+  if importlib.util.find_spec("tensorflow") is not None:
+    return
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.features import feature as core
+
+  class Audio:
+    @staticmethod
+    def from_json_content(value):
+      if value.lazy_decode:
+        made = tfds.features.Text()  # the file
+      else:
+        made = tfds.features.Tensor(
+          shape=core.from_shape_proto(value.shape),
+          dtype=core.dtype_from_str(value.dtype),
+          encoding=value.encoding or "none",
+        )
+      made.sample_rate = int(value.sample_rate) or None
+      return made
+
+  name = "tensorflow_datasets.core.features.audio_feature.Audio"
+  core.FeatureConnector._registered_features[name] = Audio
+
+
 def _check_files(name, files):
   with futures.ThreadPoolExecutor(16) as pool:  # a bucket answers slowly
     there = list(pool.map(lambda file: epath.Path(file).exists(), files))
@@ -100,7 +128,7 @@ def _reader(records, parts, features, wants):
     encoded = {
       name: tfds.decode.SkipDecoding()
       for name, feature in named.items()
-      if isinstance(feature, tfds.features.Image)
+      if isinstance(feature, tfds.features.Image) or hasattr(feature, "sample_rate")
     }
     parser = tfds.features.FeaturesDict(named)
     return lambda raw: parser.deserialize_example_np(raw, decoders=encoded)
@@ -118,7 +146,7 @@ def _reader(records, parts, features, wants):
     values = {column: _value(record[wants[column].field]) for column in columns}
     for column, value in values.items():
       feature = features[wants[column].field]
-      if isinstance(feature, tfds.features.Audio) and not isinstance(value, bytes):
+      if hasattr(feature, "sample_rate") and not isinstance(value, bytes):
         values[column] = value, feature.sample_rate
       elif (
         own and wants[column].kind == "label" and np.ndim(value) == 0 and value == -1
@@ -160,7 +188,7 @@ def _wanted(name, features, wants):
     "image": lambda f: isinstance(f, kinds.Image),
     "text": text,
     "label": lambda f: isinstance(f, kinds.ClassLabel | kinds.Text) or f.shape == (),
-    "audio": lambda f: isinstance(f, kinds.Audio | kinds.Text),
+    "audio": lambda f: hasattr(f, "sample_rate") or isinstance(f, kinds.Text),
     "array": lambda f: not text(f) and not isinstance(f, kinds.FeaturesDict),
   }
   there = {}
