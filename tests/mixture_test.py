@@ -1,4 +1,4 @@
-"""Mixtures, balanced batches and shares: the records that they should give, and when."""
+"""Mixtures, balanced batches and shares: which records they give, and when."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from clj.data import DataError, Source, mixture, open_data
 from clj.data.order import order
 from tests.columns_test import source_of
-from tests.data_test import assert_same, joined, take
+from tests.data_test import assert_same, evaluated, joined, take
 
 
 def numbered(size, start=0):
@@ -58,9 +58,7 @@ def test_within_a_source_each_record_comes_once_an_epoch():
 
 
 def test_weights_must_be_above_0():
-  with pytest.raises(
-    DataError, match=r"the weights \[1.0, 0.0\] of 2 sources must all"
-  ):
+  with pytest.raises(DataError, match=r"the weights \[1.0, 0.0\] of 2 sources must"):
     mixture.mixture([numbered(3), numbered(4)], (1, 0))
 
 
@@ -177,7 +175,7 @@ def test_balanced_batches():
     (
       ["a", "b"] * 9,
       {"classes": 2, "each": 4},
-      "batch_size is 16; set it to their pro",
+      "batch_size is 16; set it to their",
     ),
     (["a", "b"] * 9, {"classes": 3, "each": 4}, "has 2 classes, fewer than data.balan"),
     ([""] * 9, {"classes": 2, "each": 8}, "has no labels: data.balanced needs them"),
