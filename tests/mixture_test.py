@@ -6,7 +6,7 @@ import pytest
 from clj.data import DataError, Source, mixture, open_data
 from clj.data.order import order
 from tests.columns_test import source_of
-from tests.data_test import assert_same, evaluated, joined, take
+from tests.data_test import assert_same, joined, take
 
 
 def numbered(size, start=0):

@@ -118,11 +118,13 @@ def _reader(records, parts, features, wants):
   import tensorflow_datasets as tfds
 
   first = np.cumsum([0, *(x.take for x in parts)])
+  files = [(os.path.basename(x.filename), x.skip) for x in parts]
   own = isinstance(features.get("key"), tfds.features.Text)  # of `clj.data.ingest`
 
   @functools.lru_cache(maxsize=8)
   def example(columns):
-    """A parser of what some columns need, pictures left encoded."""
+    """A parser of what some columns need, pictures and sounds left as they are; and
+    (column, field, what makes its value) of each."""
     names = {wants[column].field for column in columns} | ({"key"} if own else set())
     named = {name: features[name] for name in names or list(features)[:1]}
     encoded = {
@@ -131,28 +133,22 @@ def _reader(records, parts, features, wants):
       if isinstance(feature, tfds.features.Image) or hasattr(feature, "sample_rate")
     }
     parser = tfds.features.FeaturesDict(named)
-    return lambda raw: parser.deserialize_example_np(raw, decoders=encoded)
+    values = [(c, wants[c].field, _value_of(features, wants[c], own)) for c in columns]
+    return lambda raw: parser.deserialize_example_np(raw, decoders=encoded), values
 
   def key_of(index, record):
     """The record's own key, or TFDS's id: its file and its place there."""
     if own:
       return plain_text(record["key"])
     part = np.searchsorted(first, index, side="right") - 1
-    place = index - first[part] + parts[part].skip
-    return f"{os.path.basename(parts[part].filename)}__{place}"
+    name, skip = files[part]
+    return f"{name}__{index - first[part] + skip}"
 
   def parse(index, raw, columns):
-    record = example(columns)(raw)
-    values = {column: _value(record[wants[column].field]) for column in columns}
-    for column, value in values.items():
-      feature = features[wants[column].field]
-      if hasattr(feature, "sample_rate") and not isinstance(value, bytes):
-        values[column] = value, feature.sample_rate
-      elif (
-        own and wants[column].kind == "label" and np.ndim(value) == 0 and value == -1
-      ):
-        values[column] = None
-    return values | {KEY: key_of(index, record)}
+    parser, values = example(columns)
+    record = parser(raw)
+    found = {column: make(record[field]) for column, field, make in values}
+    return found | {KEY: key_of(index, record)}
 
   def read(indices, columns):
     indices, columns = [int(i) for i in indices], tuple(columns)
@@ -170,13 +166,18 @@ def _reader(records, parts, features, wants):
   return read
 
 
-def _value(value):
-  """What stands for it in a record: strings and the like as lists, no 0-d arrays."""
-  if isinstance(value, np.ndarray) and value.dtype == object:
-    return value.tolist()
-  if isinstance(value, dict):
-    raise DataError("it is nested, which is not read")
-  return value
+def _value_of(features, want, own):
+  """What makes the value of a record of what TFDS gives.
+
+  own: of `clj.data.ingest`, where the number -1 is no class.
+  """
+  rate = getattr(features[want.field], "sample_rate", None)
+  if rate is not None:
+    return lambda value: value if isinstance(value, bytes) else (value, rate)
+  if own and want.kind == "label":
+    return lambda value: None if np.array_equal(value, -1) else value
+  plain = lambda value: isinstance(value, np.ndarray) and value.dtype == object
+  return lambda value: value.tolist() if plain(value) else value
 
 
 def _wanted(name, features, wants):
