@@ -23,8 +23,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from clj import embed, search
 from clj.data.shapes import compositions
+from clj.index import build, find
 from clj.index import store as index
 
 COUNT = 16384  # pictures
@@ -63,7 +63,7 @@ def searched(directory, count):
   seconds = []
   for _ in range(3):
     began = time.perf_counter()
-    search.search(made, queries, 12)
+    find.search(made, queries, 12)
     seconds.append(time.perf_counter() - began)
   return min(seconds), peak_memory(), peak_memory() - before
 
@@ -130,7 +130,7 @@ def main():
         began = time.perf_counter()
         out = os.path.join(directory, f"of-{few}")
         source = f"folder:{photos}"
-        embed.embed(flags.workdir, out, source=source, split=f"train[:{few}]")
+        build.build(flags.workdir, out, source=source, split=f"train[:{few}]")
         seconds[few] = time.perf_counter() - began
       few, all_of_them = seconds
       rate = (all_of_them - few) / (seconds[all_of_them] - seconds[few])

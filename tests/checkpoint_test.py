@@ -130,7 +130,7 @@ def test_nothing_intact_is_an_error_and_nothing_is_deleted(tmp_path):
 
 
 def test_rolling_and_best_are_kept(tmp_path):
-  checkpoints = Checkpoints(tmp_path, keep=2, best="eval/knn/top1")
+  checkpoints = Checkpoints(tmp_path, keep=2, best=("eval/knn/top1", 1))
   for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
     checkpoints.save(step, make_state(step), {}, {"eval/knn/top1": score})
     checkpoints.wait()
@@ -162,3 +162,32 @@ def test_a_state_can_be_read_without_knowing_its_structure(tmp_path):
   write(tmp_path)
   tree = Checkpoints(tmp_path).restore_tree(2)
   np.testing.assert_array_equal(tree["w"], make_state(2)["w"])
+
+
+def test_only_the_parts_that_are_asked_for_are_read(tmp_path, monkeypatch):
+  values = {part: {"w": jnp.full((64, 4), i, jnp.float32)} for i, part in
+            enumerate(("params", "extra", "opt_state"))}  # fmt: skip
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, values, {}, {})
+  checkpoints.close()
+  read, deserialize = [], ocp.type_handlers.ArrayHandler.deserialize
+
+  async def spy(self, infos, args=None):
+    read.extend(info.name for info in infos)
+    return await deserialize(self, infos, args)
+
+  monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", spy)
+  mesh = sharding.make_mesh(data=1, fsdp=8)
+  rules = (("params/w", ("fsdp", None)),)
+  tree = Checkpoints(tmp_path).restore_tree(
+    1,
+    lambda name, leaf: jax.sharding.NamedSharding(
+      mesh, sharding.spec(leaf, name, 8, rules)
+    ),
+    parts=("params", "extra"),
+  )
+  assert sorted(read) == ["extra.w", "params.w"] and sorted(tree) == ["extra", "params"]
+  np.testing.assert_array_equal(tree["extra"]["w"], values["extra"]["w"])
+  assert tree["params"]["w"].addressable_shards[0].data.shape == (8, 4)
+  read.clear()
+  assert "opt_state" in Checkpoints(tmp_path).restore_tree(1) and len(read) == 3

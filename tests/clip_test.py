@@ -1,4 +1,4 @@
-"""CLIP's options: GradCache, locked towers, distillation, SLIP, averaged weights."""
+"""CLIP's options, and what is made of CLIP: SLIP, distillation, averaged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from clj import losses, sharding, train
-from clj.methods import clip
+from clj.methods import make_method
+from clj.methods.ids import text_ids
 from clj.runs import init_from
 
 B, L = 16, 8
@@ -16,7 +17,7 @@ TEXT = {"name": "text_test", "depth": 1, "vocab": 40}
 
 def make(**options):
   model = {"image": options.pop("image", IMAGE), "text": TEXT}
-  return clip.make(**{"model": model, "width": 12} | options)
+  return make_method({"name": "clip", "width": 12} | options, model, 100)
 
 
 def started(method, seed=0, **options):
@@ -30,6 +31,7 @@ def batch(seed=0, rows=B, crops=False):
     "image": rng.random((rows, 1, 16, 16, 3), np.float32),
     "text": rng.integers(1, 40, (rows, L)).astype(np.int32),
     "text_mask": np.arange(L) < length[:, None],
+    "label": rng.integers(0, 3, rows).astype(np.int32),
   }
   if crops:
     given["crops"] = rng.random((rows, 2, 16, 16, 3), np.float32)
@@ -140,7 +142,7 @@ def test_equal_captions_are_no_negatives():
   # What stands behind a caption's end does not matter.
   noise = jnp.where(jnp.arange(B)[:, None] % 2 == 0, 0, 7)
   twice["text"] = jnp.where(twice["text_mask"], twice["text"], noise)
-  ids = np.asarray(clip.caption_ids(twice["text"], twice["text_mask"]))
+  ids = np.asarray(text_ids(twice["text"], twice["text_mask"]))
   np.testing.assert_array_equal(ids[::2], ids[1::2])
   assert len(set(ids.tolist())) == B // 2
   for loss in ("softmax", "sigmoid"):
@@ -159,17 +161,17 @@ def test_equal_captions_are_no_negatives():
       np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_ids_of_captions_are_a_good_hash():
+def test_ids_of_texts_are_a_good_hash():
   """Of 100,000 captions that differ in one token, about one pair in 2^32 collides."""
   number = np.arange(100_000)
   text = np.full((100_000, 6), 3, np.int32)
   text[:, 2], text[:, 4] = number % 317, number // 317
   mask = np.ones(text.shape, bool)
-  ids = np.asarray(clip.caption_ids(text, mask)).astype(np.int64)
+  ids = np.asarray(text_ids(text, mask)).astype(np.int64)
   assert len(np.unique(ids)) >= 100_000 - 8  # 1.2 expected
   for bit in range(32):
     assert 0.49 < ((ids >> bit) & 1).mean() < 0.51
-  swapped = clip.caption_ids(np.array([[1, 2, 3], [2, 1, 3]]), np.ones((2, 3), bool))
+  swapped = text_ids(np.array([[1, 2, 3], [2, 1, 3]]), np.ones((2, 3), bool))
   assert swapped[0] != swapped[1]
 
 
@@ -192,7 +194,7 @@ TEACHER = {
 def test_a_teacher_is_filled_by_init_from_and_imitated(tmp_path):
   from safetensors.numpy import save_file
 
-  teacher = clip.make(**TEACHER)
+  teacher = make(image=TEACHER["model"]["image"], width=TEACHER["width"])
   weights, stats = started(teacher, seed=5)
   weights["log_scale"] = jnp.float32(3)
   flat = {
@@ -200,7 +202,7 @@ def test_a_teacher_is_filled_by_init_from_and_imitated(tmp_path):
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
   }
   save_file(flat, tmp_path / "teacher.safetensors")
-  method = make(distill=TEACHER | {"weight": 2.0})
+  method = make(name="clip_distill", teacher=TEACHER, weight=2.0)
   _, state = trained(method, 0)
   rename = (("^(.*)", r"extra/teacher/params/\1"),)
   state, report = init_from.init_from(state, tmp_path / "teacher.safetensors", rename)
@@ -222,12 +224,13 @@ def test_a_teacher_is_filled_by_init_from_and_imitated(tmp_path):
   expected = losses.clip(*student, scale) + 2 * expected
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert distance(extra["teacher"], state.extra["teacher"]) == 0
-  parts = make(distill=TEACHER | {"weight": 2.0}, micro_batch=4)
+  parts = make(name="clip_distill", teacher=TEACHER, weight=2.0, micro_batch=4)
   again, _ = loss_of(parts, state.params, state.extra, given)
   np.testing.assert_allclose(again, value, rtol=1e-5)
 
 
 SLIP = {
+  "name": "slip",
   "weight": 0.5,
   "temperature": 0.1,
   "projector": {"widths": (24, 8), "norm": False, "last_norm": False, "std": None},
@@ -235,10 +238,11 @@ SLIP = {
 
 
 def test_slip_adds_nt_xent_between_two_more_views():
-  method = make(slip=SLIP)
-  with pytest.raises(ValueError, match="set data.augment.crops.views=2"):
-    method.init(jax.random.key(0), batch())
+  method = make(**SLIP)
+  assert "crops" in method.needs
   given = batch(crops=True)
+  with pytest.raises(ValueError, match="slip compares two views, and `crops` has 1"):
+    method.init(jax.random.key(0), given | {"crops": given["crops"][:, :1]})
   params, extra = started(method, crops=True)
   value, (_, aux) = loss_of(method, params, extra, given)
 
@@ -254,26 +258,49 @@ def test_slip_adds_nt_xent_between_two_more_views():
   np.testing.assert_allclose(
     value, aux.metrics["contrastive"] + 0.5 * expected, rtol=1e-4
   )
-  parts, _ = loss_of(make(slip=SLIP, micro_batch=4), params, extra, given)
+  parts, _ = loss_of(make(**SLIP, micro_batch=4), params, extra, given)
   np.testing.assert_allclose(parts, value, rtol=1e-5)
 
 
-def test_averaged_weights_lie_between_the_old_and_the_new():
-  method = make(average=0.25)
-  _, before = trained(method, 0)
-  assert distance(before.extra["start"], before.params) == 0
-  _, state = trained(method, 3, state=before)
-  assert distance(state.extra["start"], before.params) == 0
+@pytest.mark.parametrize("options", [{}, SLIP, {"probe_classes": 3}])
+def test_averaged_weights_lie_between_the_old_and_the_new(options):
+  """Whatever the method is, and with a probe around it."""
+  crops = "projector" in options
+  method, plain = make(wise_ft=0.25, **options), make(**options)
+  _, before = trained(method, 0, crops=crops)
+  start = {k: v for k, v in before.params.items() if k != "probe"}
+  assert distance(before.extra["start"], start) == 0
+  _, state = trained(method, 3, state=before, crops=crops)
+  assert distance(state.extra["start"], start) == 0
   assert distance(state.params, before.params) > 0
   mixed = jax.tree.map(
     lambda old, new: 0.75 * old + 0.25 * new, before.params, state.params
   )
-  given, plain = batch(9), make()
+  given = batch(9)
   found = embed(method, state.params, state.extra, given)
+  assert len(found) == 6
   for weights, prefix in ((mixed, ""), (state.params, "trained_")):
     expected = embed(plain, weights, state.extra, given)
     for key in ("image", "text", "features"):
       np.testing.assert_allclose(found[prefix + key], expected[key], atol=1e-5)
+
+
+def test_averaging_trains_as_the_method_alone_does():
+  averaged, _ = trained(make(wise_ft=0.25), 3)
+  alone, _ = trained(make(), 3)
+  assert averaged == alone
+
+
+@pytest.mark.parametrize("keys", [("image",), ("text", "text_mask"), ("label",)])
+def test_any_subset_of_a_batch_is_embedded(keys):
+  method, given = make(wise_ft=0.5), batch()
+  params, extra = started(method)
+  whole = embed(method, params, extra, given)
+  found = embed(method, params, extra, {key: given[key] for key in keys})
+  names = {"image": {"image", "features"}, "text": {"text"}, "label": set()}[keys[0]]
+  assert found.keys() == names | {f"trained_{name}" for name in names}
+  for name in found:
+    np.testing.assert_allclose(found[name], whole[name], atol=1e-6)
 
 
 def test_towers_have_learning_rates_of_their_own():
@@ -288,7 +315,15 @@ def test_mistakes_are_named_in_a_line():
   for options, line in (
     ({"loss": "hinge"}, "method.loss is 'hinge'"),
     ({"image_head": "mlp"}, "method.image_head is 'mlp'"),
-    ({"average": 2.0}, "method.average is 2.0"),
+    ({"wise_ft": 2.0}, "method.wise_ft is 2.0"),
+    ({"average": 0.5}, "no key 'average' in method; it is method.wise_ft now"),
+    ({"slip": None}, "no key 'slip' in method; it is method.name='slip' now"),
+    ({"total_steps": 5}, "no key 'total_steps' in method; it stands beside it"),
+    (SLIP | {"wieght": 1}, "no key 'wieght' in method; did you mean 'weight'"),
+    (
+      {"name": "clip_distill", "teacher": TEACHER | {"hidth": 1}},
+      "no key 'hidth' in method.teacher; did you mean 'width'",
+    ),
   ):
     with pytest.raises(ValueError, match=line):
       make(**options)

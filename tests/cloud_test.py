@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clj.data import ingest, sources
-from clj.evaluate import load
+from clj.evals.load import load
 from clj.runs import checkpoint, log, workdir
 from clj.train import train
 from configs import simclr

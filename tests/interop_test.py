@@ -597,7 +597,7 @@ def test_finetuning_starts_from_the_file_twice(tmp_path):
   weights = write(tmp_path, "open_clip_resnet")
   described = architecture.describe(weights.leaves, weights.facts)
   recipe = clip.get_config("finetune")
-  method = make_method(described.method | {"average": 0.5}, described.model)
+  method = make_method(described.method | {"wise_ft": 0.5}, described.model, 10)
   batch = batch_of("open_clip_resnet")
   params, extra = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
   everywhere = sharding.replicated(sharding.make_mesh())

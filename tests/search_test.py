@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +18,11 @@ import pytest
 from PIL import Image
 
 import clj
-from clj import embed, search
-from clj.data import ingest, sources, text
+from clj import embed, methods, search, sharding
+from clj.data import Want, ingest, open_data, open_source
 from clj.data.shapes import compositions
+from clj.evals.embedder import programs
+from clj.index import build, find
 from clj.index import store as index
 from clj.losses import l2_normalize
 from clj.methods import make_method
@@ -30,24 +33,44 @@ PICTURES = 21
 BAD = (2, 7, 8, 20)  # of them
 
 
-def write_run(directory, config):
+VIEWS = {"name": "views", "size": 32, "views": 2}
+PICTURES_ALONE = {
+  "source": "shapes",
+  "test_split": "test[:256]",
+  "columns": {"image": {"kind": "image"}, "label": {"kind": "label"}},
+  "augment": {"image": VIEWS},
+}
+PAIRS = {
+  "source": "shapes/compositions",
+  "train_split": "train[:99]",
+  "test_split": "test[:256]",
+  "columns": {
+    "image": {"kind": "image", "eval_crop": 1.0},
+    "text": {"kind": "text", "field": "caption", "tokenizer": "words", "length": 16},
+    "label": {"kind": "label"},
+  },
+  "augment": {"image": VIEWS | {"views": 1}},
+}
+
+
+def write_run(directory, config, data, method=None):
   """A workdir whose weights are those of a start, as `interop.convert` makes one."""
-  data, tokenizer, clock = config["data"], None, {"seconds": 0.0}
-  image = np.zeros((2, 1, data["size"], data["size"], 3), np.float32)
-  batch = {"image": np.repeat(image, data["views"], axis=1)}
-  if data.get("text"):
-    options = {k: v for k, v in data["text"].items() if k != "field"}
-    said = [c for each in compositions("train", count=99)["caption"] for c in each]
-    tokenizer = text.open_tokenizer(captions=lambda: said, **options)
-    tokenizer.save(directory / "tokenizer")
-    clock["tokenizer"] = tokenizer.fingerprint
-    ids, mask, _ = tokenizer.encode(["a red star"] * 2)
-    batch |= {"text": ids, "text_mask": mask}
-  method = make_method(config["method"], config["model"])
+  config = config | {"data": data}
+  opened = open_data(data, workdir=directory)
+  batch = {key: np.zeros((2, *x.shape), x.dtype) for key, x in opened.spec.items()}
+  if "image" in batch:
+    batch["image"] = np.zeros((2, 2, 32, 32, 3), np.float32)
+  method = method or make_method(config["method"], config["model"], 2)
   params, extra = jax.jit(method.init)(jax.random.key(config["seed"]), batch)
   workdir.record_config(directory, config, 0)
   checkpoints = checkpoint.Checkpoints(directory)
-  checkpoints.save(0, {"params": params, "extra": extra}, clock, {})
+  state = {
+    "params": params,
+    "extra": extra,
+    "opt_state": jax.tree.map(np.ones_like, params),
+  }
+  clock = {"seconds": 0.0, "columns": opened.saved}
+  checkpoints.save(0, state, clock, {})
   checkpoints.close()
   return directory
 
@@ -58,7 +81,7 @@ def run(tmp_path_factory):
   config = clip.get_config("smoke").to_dict()
   for tower in ("image", "text"):
     config["model"][tower]["dtype"] = "bfloat16"
-  return write_run(tmp_path_factory.mktemp("run"), config)
+  return write_run(tmp_path_factory.mktemp("run"), config, PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +109,7 @@ def encoded(picture):
 
 def make(run, photos, out, **options):
   options = {"rows_per_shard": 6, "batch_size": 8, "what": "both"} | options
-  return embed.embed(run, str(out), source=f"folder:{photos}", **options)
+  return build.build(run, str(out), source=f"folder:{photos}", **options)
 
 
 def contents(directory):
@@ -221,17 +244,17 @@ def test_neighbours_are_exact(tmp_path, monkeypatch, format):
     scores = queries @ np.stack([z for z, _ in rows]).T
     names = [name for _, name in rows]
     for k in (1, 4, 12, 1000):
-      hits = search.search(made, queries, k, among)
+      hits = find.search(made, queries, k, among)
       for near, row in zip(hits, scores, strict=True):
         order = np.argsort(-row)[:k]
         assert [hit.row["id"] for hit in near] == [names[i] for i in order]
         np.testing.assert_allclose([h.score for h in near], row[order], rtol=1e-5)
   os.remove(made.file(0))  # of those that are there
-  near = search.search(made, queries, 100)[0]
+  near = find.search(made, queries, 100)[0]
   assert {hit.row["id"].split("/")[0] for hit in near} == {"2"} and len(near) == 17
   os.remove(made.file(2))
   with pytest.raises(ValueError, match="no embedding of text in the 1 files there"):
-    search.search(made, queries, 1)
+    find.search(made, queries, 1)
 
 
 def test_a_broken_part_is_said(tmp_path):
@@ -242,7 +265,7 @@ def test_a_broken_part_is_said(tmp_path):
     notes = {"images": [40, 0, 17], "texts": [3, 0, 9]}
     made = made.write_info(rows_of_parts=notes)
     with pytest.raises(ValueError, match=r"part-00002.* cannot be read .*remove it"):
-      search.search(made, np.ones((1, 8), np.float32), 3)
+      find.search(made, np.ones((1, 8), np.float32), 3)
 
 
 def of_table(folder, pictures):
@@ -293,11 +316,11 @@ def test_pictures_are_found_again(run, tmp_path, write):
   pictures = compositions("test", count=4)["image"]
   source, options = write(tmp_path, [encoded(p) for p in pictures])
   out = str(tmp_path / "index")
-  embed.embed(run, out, source=source, batch_size=8, **options)
+  build.build(run, out, source=source, batch_size=8, **options)
   rows = all_rows(tmp_path / "index")
   assert [row["id"] for row in rows] == IDS[write]
   assert [row["captions"] for row in rows] == [[f"number {i}"] for i in range(4)]
-  read = search.Pictures(index.open_index(out))
+  read = find.Pictures(index.open_index(out))
   for row, picture in zip(rows, pictures, strict=True):
     np.testing.assert_array_equal(read(row), picture)
   missing = read(rows[0] | {"path": None, "id": "another"})
@@ -305,8 +328,9 @@ def test_pictures_are_found_again(run, tmp_path, write):
 
 
 def test_tfds_ids_are_those_of_tfds(tfds_data_dir):
-  source = sources.open_source("cifar10", "test[7:]", tfds_data_dir, memory_limit=0)
-  ids = [record["id"] for record in source.read([0, 5])]
+  wants = {"image": Want("image", "image")}
+  source = open_source("cifar10", "test[7:]", tfds_data_dir, wants=wants)
+  ids = [record["__key__"] for record in source.read([0, 5])]
   file = "cifar10-test.array_record-00000-of-00001"
   assert ids == [f"{file}__7", f"{file}__12"]
 
@@ -324,9 +348,9 @@ def test_a_search_as_a_user_does_it(run, photos, tmp_path, capsys):
   said = capsys.readouterr().out
   assert "a red star\nrank  score" in said and "   1  1.0000  b/05.png" in said
   image = np.asarray(Image.open(grid))
-  assert image.shape[1] == 6 + 4 * (search.TILE + 6)
-  tile = image[-search.TILE - 51 : -51, 6 : 6 + search.TILE]  # of the picture itself
-  again = image[-search.TILE - 51 : -51, 12 + search.TILE : 12 + 2 * search.TILE]
+  assert image.shape[1] == 6 + 4 * (find.TILE + 6)
+  tile = image[-find.TILE - 51 : -51, 6 : 6 + find.TILE]  # of the picture itself
+  again = image[-find.TILE - 51 : -51, 12 + find.TILE : 12 + 2 * find.TILE]
   np.testing.assert_array_equal(tile, again)
   assert tile.std() > 5
   assert search.main([*arguments, "--k=99", "--json", "--out="]) == 0
@@ -336,34 +360,142 @@ def test_a_search_as_a_user_does_it(run, photos, tmp_path, capsys):
 
 
 def test_shapes_are_the_data_of_the_run(run, tmp_path):
-  info = embed.embed(run, str(tmp_path / "index"), batch_size=256)
+  info = build.build(run, str(tmp_path / "index"), batch_size=256)
   assert (info["source"], info["split"]) == ("shapes/compositions", "test[:256]")
   row = all_rows(tmp_path / "index")[9]
   drawn = compositions("test")
   assert row["id"] == "9" and row["captions"] == drawn["caption"][9]
-  read = search.Pictures(index.open_index(str(tmp_path / "index")))
+  read = find.Pictures(index.open_index(str(tmp_path / "index")))
   np.testing.assert_array_equal(read(row), drawn["image"][9])
 
 
 def test_simclr_searches_by_picture(photos, tmp_path):
   config = simclr.get_config("smoke").to_dict()
-  run = write_run(tmp_path / "run", config)
+  run = write_run(tmp_path / "run", config, PICTURES_ALONE)
   info = make(run, photos, tmp_path / "index", what="image")
   assert info["outputs"] == {"image": "features"} and info["tokenizer"] is None
   found = index.open_index(str(tmp_path / "index"))
-  model = search.open_model(found)
+  model = find.open_model(found)
   with pytest.raises(ValueError, match="has no text tower: search by --image"):
-    search.embed_queries(found, model, ["a red star"], [])
-  queries = search.embed_queries(found, model, [], [photos / "b" / "05.png"])
-  assert search.search(found, queries, 1)[0][0].row["id"] == "b/05.png"
+    find.embed_queries(found, model, ["a red star"], [])
+  queries = find.embed_queries(found, model, [], [photos / "b" / "05.png"])
+  assert find.search(found, queries, 1)[0][0].row["id"] == "b/05.png"
   with pytest.raises(ValueError, match="no text tower: use --what=image"):
     make(run, photos, tmp_path / "other", what="both")
   # Other weights in the same place.
-  other = write_run(tmp_path / "run2", config | {"seed": 1})
+  other = write_run(tmp_path / "run2", config | {"seed": 1}, PICTURES_ALONE)
   with pytest.raises(ValueError, match="made by other weights"):
-    search.open_model(found, other)
+    find.open_model(found, other)
   with pytest.raises(ValueError, match="other settings .*weights"):
     make(other, photos, tmp_path / "index", what="image")
+
+
+class Texts(NamedTuple):
+  """A method of texts alone, such as SimCSE: bags of words."""
+
+  @staticmethod
+  def init(rng, batch):
+    del batch
+    return {"table": jax.random.normal(rng, (64, 8))}, {"empty": {}}
+
+  @staticmethod
+  def embed(params, extra, batch):
+    words = params["table"][batch["text"]] * batch["text_mask"][..., None]
+    return {"features": words.sum(1)}
+
+
+class Arrays(NamedTuple):
+  """A method of arrays."""
+
+  @staticmethod
+  def init(rng, batch):
+    return {"kernel": jax.random.normal(rng, (batch["x"].shape[1], 8))}, {}
+
+  @staticmethod
+  def embed(params, extra, batch):
+    return {"features": batch["x"] @ params["kernel"]}
+
+
+def test_texts_alone_are_found(tmp_path, monkeypatch):
+  make_texts = lambda model, total_steps: Texts
+  monkeypatch.setitem(methods.METHODS, "texts", make_texts)
+  data = PAIRS | {"columns": {"text": PAIRS["columns"]["text"]}, "augment": {}}
+  config = simclr.get_config("smoke").to_dict() | {"method": {"name": "texts"}}
+  run = write_run(tmp_path / "run", config, data, Texts)
+  out = str(tmp_path / "index")
+  info = build.build(run, out, split="test[:20]", batch_size=8, rows_per_shard=8)
+  assert info["outputs"] == {"text": "features"} and info["what"] == "text"
+  assert (info["images"], info["texts"], info["dim"]) == (0, 20, 8)
+  found = index.open_index(out)
+  said = compositions("test")["caption"][7][0]
+  queries = find.embed_queries(found, find.open_model(found), [said], [])
+  ((best, *_),) = find.search(found, queries, 3)
+  assert best.score == pytest.approx(1, abs=1e-5) and best.row["modality"] == "text"
+  model = clj.load(run)
+  with pytest.raises(ValueError, match="has no image tower: search by --text"):
+    find.embed_queries(found, model, [], [np.zeros((9, 9, 3), np.uint8)])
+  assert model.preprocess is None and sorted(model.inputs["text"]([said])) == [
+    *("text", "text_mask"),
+  ]
+
+
+def test_arrays_are_embedded(tmp_path, monkeypatch):
+  from pyarrow import parquet, table
+
+  monkeypatch.setitem(methods.METHODS, "arrays", lambda model, total_steps: Arrays)
+  x = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+  parquet.write_table(
+    table({"x": list(x), "kind": ["a", "b"] * 6}), tmp_path / "x.parquet"
+  )
+  data = {
+    "source": f"parquet:{tmp_path}/x.parquet",
+    "test_split": "train",
+    "columns": {"x": {"kind": "array"}, "label": {"kind": "label", "field": "kind"}},
+  }
+  config = simclr.get_config("smoke").to_dict() | {"method": {"name": "arrays"}}
+  run = write_run(tmp_path / "run", config, data, Arrays)
+  info = build.build(run, str(tmp_path / "index"), batch_size=8, rows_per_shard=7)
+  assert info["outputs"] == {"x": "features"} and info["images"] == info["rows"] == 12
+  found = index.open_index(str(tmp_path / "index"))
+  model = find.open_model(found)
+  z = x @ np.asarray(model.params["kernel"])
+  z /= np.linalg.norm(z, axis=1, keepdims=True)
+  rows = [row for p in (0, 1) for row in found.rows(p, range(7 - 2 * p))]
+  assert [row["label"] for row in rows] == ["a", "b"] * 6
+  assert {row["modality"] for row in rows} == {"x"}
+  hits = find.search(found, z, 1)
+  assert [hit[0].row["record"] for hit in hits] == list(range(12))
+  made = model.embed(model.params, model.extra, model.inputs["x"](list(x)))["features"]
+  np.testing.assert_allclose(made / np.linalg.norm(made, axis=1, keepdims=True), z,
+                             atol=1e-5)  # fmt: skip
+
+
+def test_a_run_is_loaded_split_and_without_its_optimiser(run, monkeypatch):
+  """What needs fsdp is evaluated and embedded without being whole on one device."""
+  read, restore = [], checkpoint.Checkpoints.restore_tree
+
+  def spy(self, step, make_sharding=None, parts=None):
+    read.append(parts)
+    return restore(self, step, make_sharding, parts)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "restore_tree", spy)
+  monkeypatch.setattr(sharding, "SMALL", 64)
+  mesh = sharding.make_mesh(2, 4)
+  with jax.set_mesh(mesh):
+    model = clj.load(run, mesh=mesh)
+    batch = jax.device_put(
+      {"image": np.random.default_rng(0).random((8, 1, 32, 32, 3), np.float32)},
+      sharding.batch_sharding(mesh),
+    )
+    embed = programs(model.embed).embed
+    z = embed(model.params, model.extra, batch, ("image",))["image"]
+  assert read == [("params", "extra")]
+  kernel = model.params["image_head"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  whole = clj.load(run)
+  expected = whole.embed(whole.params, whole.extra, jax.device_get(batch))["image"]
+  np.testing.assert_allclose(z, expected, atol=0.02)  # bfloat16
+  assert build.fingerprint(model) == build.fingerprint(whole)
 
 
 def test_what_is_wrong_is_said_in_a_line(run, photos, tmp_path, capsys):

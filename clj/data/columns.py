@@ -271,7 +271,7 @@ def text(
     held_bytes=length * 5,
     fill={name: made.pad_id if made else 0},
     describe=strings,
-    saved={"tokenizer": made.fingerprint} if made else {},
+    saved=made.settings if made else {},
     limits={name: made.vocab_size} if made else {},
     tokenizer=made,
   )

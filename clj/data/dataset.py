@@ -254,7 +254,7 @@ class Data:
 
   def __init__(self, section, columns, source, limit):
     self.section, self.columns, self._limit = section, columns, limit
-    self.name = section["source"] or source.name
+    self.name = section["source"] or getattr(source, "name", "")
     self._source = source
     self.saved = {name: c.saved for name, c in columns.items() if c.saved}
     self.limits = {k: v for c in columns.values() for k, v in c.limits.items()}
@@ -431,6 +431,30 @@ def expected_spec(section: dict) -> dict[str, Shape]:
   return _spec(_with_valid(section, columns))
 
 
+def data_of_run(section: dict, workdir, memory_limit: int = MEMORY_LIMIT) -> Data:
+  """The data of a run by its workdir, not looked at where that can be done without.
+
+  It is there for its columns, and to open `other` data like it: classes have no names.
+
+  Raises:
+    UserError, DataError: as `open_data`.
+  """
+  checked = _checked(section)
+  tokenizers = _tokenizers(checked["columns"], None, workdir, True)
+  columns = {}
+  try:
+    for name, options in checked["columns"].items():
+      kind, options = _kind(name, options)
+      tokenizer = tokenizers.get(name)
+      if tokenizer is not None:
+        options = {"length": tokenizer.length} | options
+      about = About(name, crops=_crop_sets(checked, name), tokenizer=tokenizer)
+      columns[name] = _make(COLUMNS[kind], about, options)
+  except UserError:  # a shape that only the data tell
+    return open_data(section, workdir=workdir, started=True, memory_limit=memory_limit)
+  return Data(checked, columns, None, memory_limit)
+
+
 def _spec(columns):
   spec = {"index": Shape((), np.int32)}
   for column in columns.values():
@@ -585,8 +609,7 @@ def _tokenizers(columns, source, workdir, started) -> dict[str, text.Tokenizer]:
     where = f"data.columns.{name}"
     directory = None
     if workdir is not None:
-      last = "tokenizer" if name == "text" else f"tokenizer-{name}"
-      directory = epath.Path(workdir) / last
+      directory = epath.Path(workdir) / text.directory(name)
     one = text.of_run(directory, options, captions, started=started, where=where)
     for each in names:
       made[each] = text.with_length(one, columns[each].get("length"), where)

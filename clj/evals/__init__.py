@@ -1,92 +1,103 @@
-"""Every evaluation: a name for configs -> `(train, test, task, **options)`.
+"""Evaluations by name: what a config's section `evals` may ask for.
 
-`train` and `test` are what `clj.evaluate.embed_source` gives: arrays `[N, d]` by name,
-"label" and "index" `[N]` beside them; "views" of `test` is a pair of arrays `[M, d]`,
-the features of two augmented views of the same pictures. `train` is None for what is
-not in `NEEDS_TRAIN`. Values are numbers by name.
+    "evals": {"knn": {"k": 20}, "seen": {"name": "zeroshot", "data": {...}}, ...}
+
+A new evaluation is one file and one entry of EVALS. Of two that could say which
+checkpoint is the best one, the one further up does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
-from clj.evals import diagnostics, knn, linear_probe, retrieval, zeroshot
-from clj.evals.rows import fetch
+from clj.evals import accuracy, diagnostics, knn, linear_probe, retrieval, zeroshot
+from clj.evals.rows import chance, most_frequent
 
 
-class Task(NamedTuple):
-  """What there is beside the embeddings.
+def _nothing(*_, **__):
+  return {}
 
-  name: of the data set.
-  class_names: a name for each label; empty where there are none.
-  embed_text: texts -> arrays `[n, d]` by name, "text" among them.
-  embed_captions: every caption of `test` once: arrays `[M, d]` by name, and "index"
-    `[M]`, the record of each, and "tokens" `[M, L]`.
+
+class Evaluation(NamedTuple):
+  """What is done with the model at work, an `Embedder`.
+
+  run: `(embedder, **options) -> {name: number}`; the options are those of the config.
+  takes: `(embedder, **options) -> [(split, output), (split, output, rename, each)]`,
+    all that `run` asks of `embedder.rows`, so that evaluations share a pass, and what
+    cannot be is known before the training. Raises UserError where it cannot.
+  needs: keys that the batches of these splits must have, such as "label".
+  best: `(**options) -> (name, sign)`, the value by which a run keeps its best
+    checkpoint: the highest (1) or the lowest (-1); None: no value is.
+  before: `(**options) -> {name: template}`, values that are kept from before training
+    to be shown beside; the template has "{}" for "untrained", or "before".
+  baselines: `{name: (embedder, **options) -> number}`, by the same protocol without a
+    network, once before training; None where there is no such number.
+  pictures: `{name: (embedder, **options) -> uint8 [H, W, 3]}`, for TensorBoard, or
+    None where there is none.
+  warning: `values -> line`, "" where all is well.
   """
 
-  name: str
-  class_names: tuple[str, ...]
-  embed_text: Callable[[Sequence[str]], dict[str, np.ndarray]]
-  embed_captions: Callable[[], dict]
+  run: Callable
+  takes: Callable
+  needs: tuple[str, ...] = ()
+  best: Callable | None = None
+  before: Callable = _nothing
+  baselines: dict[str, Callable] = {}
+  pictures: dict[str, Callable] = {}
+  warning: Callable = lambda values: ""
 
 
-def _by_label(evaluation):
-  def run(train, test, task, *, layer="features", **options):
-    return evaluation(
-      train[layer],
-      train["label"],
-      test[layer],
-      test["label"],
-      num_classes=len(task.class_names),
-      **options,
-    )
-
-  return run
+def _top1(**_):
+  return "top1", 1
 
 
-def _diagnostics(train, test, task, *, layer="features"):
-  del train, task
-  # Rows that only fill up a batch have index -1.
-  return diagnostics.diagnostics(test[layer], test.get("views"), labels=test["index"])
+def _untrained(**_):
+  return {"top1": "{}"}
 
 
-def _zeroshot(train, test, task, *, templates="", classnames="", prefix=""):
-  """prefix: of the names of the embeddings, such as "trained_"."""
-  del train
-  names = zeroshot.read_class_names(task.class_names, classnames, task.name)
-  classifier = zeroshot.make_classifier(
-    lambda texts: task.embed_text(texts)[f"{prefix}text"],
-    names,
-    zeroshot.read_templates(templates),
-  )
-  return zeroshot.zeroshot(test[f"{prefix}image"], test["label"], classifier)
+GUESSES = {"chance": chance, "most_frequent": most_frequent}
 
-
-def _retrieval(train, test, task, *, prefix="", ks=(1, 5, 10)):
-  del train
-  captions = task.embed_captions()
-  image_ids, text_ids = retrieval.match_captions(
-    *(fetch(x) for x in (test["index"], captions["index"], captions["tokens"]))
-  )
-  return retrieval.retrieval(
-    test[f"{prefix}image"], captions[f"{prefix}text"], image_ids, text_ids, ks=tuple(ks)
-  )
-
-
-NEEDS_TRAIN = ("knn", "linear_probe")
-NEEDS_LABELS = ("knn", "linear_probe", "zeroshot")
-NEEDS_TEXT = ("zeroshot", "retrieval")
-# What is kept of the first evaluation, before training, to be shown beside the last.
-BASELINES = {
-  "top1": "{}",
-  "image_to_text/recall@10": "image_to_text/{}@10",
-  "text_to_image/recall@10": "text_to_image/{}@10",
-}
 EVALS = {
-  "knn": _by_label(knn.knn),
-  "linear_probe": _by_label(linear_probe.linear_probe),
-  "diagnostics": _diagnostics,
-  "zeroshot": _zeroshot,
-  "retrieval": _retrieval,
+  "zeroshot": Evaluation(
+    zeroshot.run,
+    takes=zeroshot.takes,
+    needs=("label",),
+    best=_top1,
+    before=_untrained,
+  ),
+  "retrieval": Evaluation(
+    retrieval.run,
+    takes=retrieval.takes,
+    best=retrieval.best,
+    before=retrieval.before,
+  ),
+  "accuracy": Evaluation(
+    accuracy.run,
+    takes=accuracy.takes,
+    needs=("label",),
+    best=_top1,
+    before=_untrained,
+    baselines=GUESSES,
+  ),
+  "knn": Evaluation(
+    knn.run,
+    takes=knn.takes,
+    needs=("label",),
+    best=_top1,
+    before=_untrained,
+    baselines=GUESSES | knn.BASELINES,
+    pictures={"neighbours": knn.neighbours},
+  ),
+  "linear_probe": Evaluation(
+    linear_probe.run,
+    takes=knn.takes,
+    needs=("label",),
+    best=_top1,
+    before=_untrained,
+    baselines=GUESSES,
+  ),
+  "diagnostics": Evaluation(
+    diagnostics.run,
+    takes=diagnostics.takes,
+    warning=diagnostics.warning,
+  ),
 }

@@ -106,3 +106,19 @@ def _effective_rank(eigenvalues: np.ndarray) -> float:
     return 1.0
   shares = shares[shares > 0] / total
   return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+VIEWED = 512  # rows whose views are compared
+
+
+def run(embedder, /, *, layer: str = "features") -> dict[str, float]:
+  """The evaluation "diagnostics"; layer: the output that may have collapsed."""
+  test = embedder.rows("test", (layer,))
+  views = [view[layer] for view in embedder.views("test", (layer,), VIEWED)][:2]
+  # Rows that only fill up a batch have index -1.
+  return diagnostics(test[layer], tuple(views) or None, labels=test["index"])
+
+
+def takes(embedder, /, *, layer="features"):
+  embedder.columns(layer)
+  return [("test", layer)]

@@ -10,9 +10,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from clj.evals.rows import check_rows, context_mesh, normalize, shard_rows
+from clj.evals.rows import (
+  check_rows,
+  class_count,
+  context_mesh,
+  fetch,
+  normalize,
+  picture_column,
+  shard_rows,
+)
+from clj.runs import log
 
 # Products have this one shape on any number of devices, so that every similarity has
 # the same bits: queries at a time (over all devices), rows of the bank at a time.
@@ -190,3 +200,91 @@ def color_histogram(images, bins: int = 8) -> jax.Array:
   code = code.reshape(len(code), -1)
   counts = jax.vmap(lambda row: jnp.bincount(row, length=bins**3))(code)
   return counts / jnp.float32(code.shape[1])
+
+
+def run(
+  embedder, /, *, layer: str = "features", k: int = 200, temperature: float = 0.1
+) -> dict[str, float]:
+  """The evaluation "knn"; layer: the output whose neighbours are looked for."""
+  train, test = (embedder.rows(split, (layer,)) for split in ("train", "test"))
+  return _of_rows(embedder, train, test, layer, k, temperature)
+
+
+def takes(embedder, /, *, layer="features", **options):
+  del options
+  embedder.columns(layer)
+  return [("train", layer), ("test", layer)]
+
+
+def _of_rows(embedder, train, test, name, k, temperature):
+  return knn(
+    train[name],
+    train["label"],
+    test[name],
+    test["label"],
+    num_classes=class_count(embedder, train["label"], test["label"]),
+    k=k,
+    temperature=temperature,
+  )
+
+
+# The same without a network, for pictures in memory: those of photographs say nothing.
+
+
+def _of_pictures(describe, center=False):
+  def baseline(embedder, /, *, layer="features", k=200, temperature=0.1):
+    column = picture_column(embedder, layer)
+    if column is None or embedder.source("train").held is None:
+      return None
+    train, test = (embedder.raw(s, describe, column) for s in ("train", "test"))
+    if center:
+      weight = (train["index"] >= 0)[:, None]
+      pixels = train[describe.__name__]
+      mean = (pixels * weight).sum(0, keepdims=True) / weight.sum()
+      train, test = (x | {describe.__name__: x[describe.__name__] - mean}
+                     for x in (train, test))  # fmt: skip
+    name = describe.__name__
+    return _of_rows(embedder, train, test, name, k, temperature)["top1"]
+
+  return baseline
+
+
+def _only_view(describe):
+  """For evaluation's `[N, 1, H, W, 3]`."""
+  return functools.wraps(describe)(lambda pictures: describe(pictures[:, 0]))
+
+
+_PIXELS = _only_view(raw_pixels)
+BASELINES = {
+  "color_histogram": _of_pictures(_only_view(color_histogram)),
+  "raw_pixels": _of_pictures(_PIXELS),
+  "centered_pixels": _of_pictures(_PIXELS, center=True),
+}
+
+
+def neighbours(embedder, /, *, layer="features", rows=8, columns=8, **options):
+  """A picture: some test records, and to the right of each its nearest in training.
+
+  None where the features are not those of pictures.
+  """
+  del options
+  if (column := picture_column(embedder, layer)) is None:
+    return None
+  train, test = (embedder.rows(split, (layer,)) for split in ("train", "test"))
+  first = jnp.argsort(jnp.where(test["index"] < 0, 2**31 - 1, test["index"]))[:rows]
+  similarity = normalize(test[layer][first]) @ normalize(train[layer]).T
+  similarity = jnp.where(train["index"][None] >= 0, similarity, -2.0)
+  _, near = jax.lax.top_k(similarity, columns)
+  near, records = fetch(train["index"][near]), fetch(test["index"][first])
+
+  def seen(split, indices):
+    source = embedder.source(split)
+    test = source.columns[column].test
+    return [test(source.picture(i, column))[column][0] for i in indices]
+
+  pictures = [
+    np.stack(seen("test", [record]) + seen("train", those))
+    for record, those in zip(records.tolist(), near.tolist())
+    if record >= 0
+  ]
+  return log.grid(np.stack(pictures))

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from clj.cli import UserError
-from clj.evals.rows import check_rows, context_mesh, shard_rows
+from clj.evals.rows import check_rows, class_count, context_mesh, shard_rows
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 BEYOND = np.iinfo(np.int32).max
@@ -207,3 +207,30 @@ def _run(
     "test": jnp.sum(jax.lax.map(count_test, (standardize(test_x), test_y)), axis=0),
     "test_rows": jnp.sum(test_y >= 0),
   }
+
+
+def run(
+  embedder,
+  /,
+  *,
+  layer: str = "features",
+  learning_rates: tuple[float, ...] = GRID,
+  epochs: int = 30,
+  batch_size: int = 512,
+  held_out: float = 0.1,
+  seed: int = 0,
+) -> dict[str, float]:
+  """The evaluation "linear_probe"; layer: the output that is classified."""
+  train, test = (embedder.rows(split, (layer,)) for split in ("train", "test"))
+  return linear_probe(
+    train[layer],
+    train["label"],
+    test[layer],
+    test["label"],
+    num_classes=class_count(embedder, train["label"], test["label"]),
+    learning_rates=tuple(learning_rates),
+    epochs=epochs,
+    batch_size=batch_size,
+    held_out=held_out,
+    seed=seed,
+  )

@@ -6,13 +6,15 @@ is). `ranking` has the measures of text retrieval and recommendation, which do c
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from clj.evals.rows import check_rows, context_mesh, normalize, shard_rows
+from clj.cli import UserError
+from clj.evals.rows import check_rows, context_mesh, fetch, normalize, shard_rows
 
 # As for kNN: queries at a time (over all devices), rows of the bank at a time.
 QUERIES = 256
@@ -20,20 +22,28 @@ BLOCK = 1024
 
 
 def retrieval(
-  image, text, image_ids, text_ids, *, ks: tuple[int, ...] = (1, 5, 10)
+  query,
+  bank,
+  query_ids,
+  bank_ids,
+  *,
+  ks: tuple[int, ...] = (1, 5, 10),
+  names: tuple[str, str] = ("image", "text"),
 ) -> dict[str, float]:
-  """Recall at k and the median rank, image to text and text to image.
+  """Recall at k and the median rank, from the one to the other and back.
 
   The candidates lie split over the mesh of the context (`jax.set_mesh`; one device
   without); each device compares at most 256 queries with its own at a time. The result
   is the same on any number of devices.
 
   Args:
-    image, text: `[N, d]` and `[M, d]`, NumPy or JAX, not normalised.
-    image_ids, text_ids: int `[N]` and `[M]`; an image and a text belong together where
-      their ids are equal, so an image may have several texts and the other way round.
-      Rows of id -1 are left out.
+    query, bank: images and texts, or any other two: `[N, d]` and `[M, d]`, NumPy or
+      JAX, not normalised.
+    query_ids, bank_ids: int `[N]` and `[M]`; two belong together where their ids are
+      equal, so an image may have several texts and the other way round. Rows of id -1
+      are left out.
     ks: how many candidates count as found.
+    names: of the two.
 
   Returns:
     By "image_to_text/" and "text_to_image/": "recall@K", the share of the queries that
@@ -44,23 +54,24 @@ def retrieval(
   Raises:
     ValueError: shapes that do not fit, or no row with an id.
   """
-  check_rows("image", image, image_ids)
-  check_rows("text", text, text_ids)
-  if image.shape[1] != text.shape[1]:
-    raise ValueError(
-      f"embeddings of images {image.shape} and of texts {text.shape}: both must have "
-      "one width"
+  first, second = names
+  check_rows(first, query, query_ids)
+  check_rows(second, bank, bank_ids)
+  if query.shape[1] != bank.shape[1]:
+    raise UserError(
+      f"embeddings of {first} {query.shape} and of {second} {bank.shape}: both must "
+      "have one width"
     )
   if not ks or min(ks) < 1:
-    raise ValueError(f"ks={ks}: recall is at 1 or more candidates")
+    raise UserError(f"ks={ks}: recall is at 1 or more candidates")
   found = {}
-  for name, query, bank in (
-    ("image_to_text", (image, image_ids), (text, text_ids)),
-    ("text_to_image", (text, text_ids), (image, image_ids)),
+  for name, one, other in (
+    (f"{first}_to_{second}", (query, query_ids), (bank, bank_ids)),
+    (f"{second}_to_{first}", (bank, bank_ids), (query, query_ids)),
   ):
-    ranks, matches, candidates = _search(query, bank)
+    ranks, matches, candidates = _search(one, other)
     if not len(ranks) or not candidates:
-      raise ValueError(f"{name}: {len(ranks)} queries and {candidates} candidates")
+      raise UserError(f"{name}: {len(ranks)} queries and {candidates} candidates")
     for k in ks:
       found[f"{name}/recall@{k}"] = float(np.mean(ranks <= k))
       found[f"{name}/chance@{k}"] = float(np.mean(_chance(matches, candidates, k)))
@@ -227,3 +238,102 @@ def _ranks(mesh: Mesh, queries: int):
       shard, mesh=mesh, in_specs=(rows,) * 4, out_specs=all_of_it, check_vma=False
     )
   )
+
+
+def run(
+  embedder,
+  /,
+  *,
+  query: str = "image",
+  bank: str = "text",
+  query_rename: dict[str, str] | None = None,
+  bank_rename: dict[str, str] | None = None,
+  ks: tuple[int, ...] = (1, 5, 10),
+) -> dict[str, float]:
+  """The evaluation "retrieval": of one record's query and bank, each finds the other.
+
+  query, bank: outputs in one space; where one is made of a column of texts, every text
+    of a record is a row.
+  query_rename, bank_rename: columns of the data set that stand for one that the method
+    knows: pairs of texts are {"first": "text"} and {"second": "text"}.
+  """
+  sides = _sides(embedder, query, bank, query_rename, bank_rename)
+  rows = [embedder.rows(split, (o,), rename, each) for split, o, rename, each in sides]
+  (x, x_index), (y, y_index) = (
+    (found[output], fetch(found["index"]))
+    for found, (_, output, _, _) in zip(rows, sides)
+  )
+  said = [
+    _texts_of_rows(embedder.source("test"), each, found)
+    for found, (_, _, _, each) in zip(rows, sides)
+  ]
+  if said[1] is not None:
+    x_ids, y_ids = match_captions(x_index, y_index, said[1])
+  elif said[0] is not None:
+    y_ids, x_ids = match_captions(y_index, x_index, said[0])
+  else:
+    x_ids, y_ids = x_index, y_index
+  names = _names(query, bank, query_rename, bank_rename)
+  return retrieval(x, y, x_ids, y_ids, ks=tuple(ks), names=names)
+
+
+def takes(
+  embedder,
+  /,
+  *,
+  query="image",
+  bank="text",
+  query_rename=None,
+  bank_rename=None,
+  **options,
+):
+  del options
+  return _sides(embedder, query, bank, query_rename, bank_rename)
+
+
+def _sides(embedder, query, bank, query_rename, bank_rename):
+  """What `embedder.rows` is asked for: (split, output, rename, each) of the two."""
+  sides = []
+  for output, rename in ((query, query_rename), (bank, bank_rename)):
+    (name, column), *others = embedder.columns(output, rename).items()
+    each = name if column.tokenizer is not None and not others else None
+    sides.append(("test", output, rename, each))
+  return sides
+
+
+def _texts_of_rows(split, each, rows):
+  """The text of each row, "" where it only fills up; None where they are no texts."""
+  if each is None:
+    return None
+  texts, _ = split.texts(each)
+  return [texts[i] if i < len(texts) else "" for i in fetch(rows["place"]).tolist()]
+
+
+def _names(query, bank, query_rename=None, bank_rename=None):
+  """Of the columns if they are renamed, else of the outputs, without a common prefix
+  such as "trained_".
+  """
+  if query_rename or bank_rename:
+    return next(iter(query_rename or [query])), next(iter(bank_rename or [bank]))
+  common = os.path.commonprefix([query, bank])
+  common = common[: common.rfind("_") + 1]
+  return query.removeprefix(common), bank.removeprefix(common)
+
+
+def _at(ks):
+  return 10 if 10 in ks else max(ks)
+
+
+def best(*, ks=(1, 5, 10), **options):
+  first, second = _named_by(**options)
+  return f"{second}_to_{first}/recall@{_at(ks)}", 1
+
+
+def before(*, ks=(1, 5, 10), **options):
+  first, second = _named_by(**options)
+  pairs = f"{first}_to_{second}", f"{second}_to_{first}"
+  return {f"{pair}/recall@{_at(ks)}": pair + "/{}@" + str(_at(ks)) for pair in pairs}
+
+
+def _named_by(*, query="image", bank="text", query_rename=None, bank_rename=None):
+  return _names(query, bank, query_rename, bank_rename)

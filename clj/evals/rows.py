@@ -59,3 +59,42 @@ def normalize(x: jax.Array) -> jax.Array:
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def class_count(embedder, *labels) -> int:
+  """How many classes there are: as many as have names, or as the labels say."""
+  if names := embedder.source("test").classes.get("label"):
+    return len(names)
+  return max(int(fetch(jnp.max(x))) for x in labels) + 1
+
+
+def chance(embedder, /, **options) -> float:
+  """Accuracy of a guess: 1 / C. The options of an evaluation change nothing."""
+  del options
+  labels = () if embedder.source("test").classes.get("label") else _labels(embedder)
+  return 1 / class_count(embedder, *labels)
+
+
+def most_frequent(embedder, /, **options) -> float:
+  """Accuracy of the class that most of the test rows are of, for all of them."""
+  del options
+  labels = _labels(embedder)[0]
+  counts = np.bincount(labels[labels >= 0])
+  return float(counts.max() / counts.sum())
+
+
+def is_picture(column) -> bool:
+  """Whether a column gives pictures, uint8 `[views, H, W, 3]` a row."""
+  row, *others = column.test_spec.values()
+  picture = len(row.shape) == 4 and row.shape[-1] == 3
+  return picture and not others and np.dtype(row.dtype) == np.uint8
+
+
+def picture_column(embedder, output: str) -> str | None:
+  """The column of pictures that an output is made of; None where it is another."""
+  (name, column), *others = embedder.columns(output).items()
+  return name if is_picture(column) and not others else None
+
+
+def _labels(embedder):
+  return [fetch(embedder.rows("test", ())["label"])]

@@ -189,3 +189,42 @@ def _lines(what: str, path: str) -> tuple[str, ...]:
   if not (lines := tuple(line for line in lines if line)):
     raise UserError(f"{what} {path} is empty")
   return lines
+
+
+def run(
+  embedder,
+  /,
+  *,
+  query: str = "image",
+  bank: str = "text",
+  templates: str | Sequence[str] = "",
+  classnames: str = "",
+) -> dict[str, float]:
+  """The evaluation "zeroshot".
+
+  query: the output that is classified. bank: that of the prompts, in the same space.
+  templates, classnames: see `read_templates` and `read_class_names`.
+  """
+  split = embedder.source("test")
+  names = read_class_names(split.classes.get("label"), classnames, split.name)
+  classifier = make_classifier(
+    lambda prompts: embedder.texts(prompts, (bank,))[bank],
+    names,
+    read_templates(templates),
+  )
+  test = embedder.rows("test", (query,))
+  return zeroshot(test[query], test["label"], classifier)
+
+
+def takes(
+  embedder, /, *, query="image", bank="text", templates="", classnames="", **options
+):
+  del options
+  split = embedder.source("test")
+  read_class_names(split.classes.get("label"), classnames, split.name)
+  read_templates(templates)
+  embedder.columns(query)
+  columns = embedder.columns(bank, of_run=True)
+  if [column.tokenizer is None for column in columns.values()] != [False]:
+    raise UserError(f"{bank!r} is made of {', '.join(columns)}: prompts are texts")
+  return [("test", query)]

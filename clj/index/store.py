@@ -5,14 +5,14 @@
     DIRECTORY/part-00000-of-00012.npy      format "npy": float32 [rows, dim], and beside
     DIRECTORY/part-00000-of-00012.json     it the other columns, a list each
 
-A part has the embeddings of so many records of a data set: first those of pictures,
-then those of captions. The columns are
+A part has the embeddings of so many records of a data set: first those of pictures (or
+of what else the model embeds), then those of captions. The columns are
 
     embedding  float32 [dim], of length 1
     id         of the record: a path below the folder, "SHARD.tar:KEY", a TFDS id, a row
     path       of the picture's file, where it is one
     record     its number in the data set
-    modality   what was embedded: "image" or "text"
+    modality   the column that was embedded: "image", "text" or another
     captions   those of a picture, or the one that was embedded
     label      name of its class, where there are classes
 

@@ -24,9 +24,10 @@ from clj.cli import UserError
 from clj.data import text
 from clj.interop import architecture, beside, files, layouts
 from clj.interop.architecture import Model
+from clj.interop.init_from import init_from
+from clj.method import average
 from clj.methods import make_method
 from clj.runs import checkpoint, workdir
-from clj.runs.init_from import init_from
 
 DTYPES = {
   "float32": np.float32,
@@ -38,6 +39,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 SECTIONS = {
   "seed": 0,
   "batch_size": 256,
+  "total_steps": 1,
   "mesh": {"data": -1, "fsdp": 1},
   "evals": {"zeroshot": {}, "retrieval": {}},
   "data": {
@@ -78,19 +80,18 @@ def read(source, *, step=None, facts=None) -> Model:
 
 
 def _read_workdir(directory, step) -> Model:
-  from clj.evaluate import load
+  from clj.evals.load import load
 
   loaded = load(directory, step)
   config = loaded.config
-  if config["method"]["name"] != "clip":
+  if not {"image", "text"} <= loaded.params.keys():
     raise UserError(
       f"{directory} is of method {config['method']['name']!r}; a layout is for two "
       "towers, those of 'clip'"
     )
-  params, share = loaded.params, config["method"].get("average")
+  params, share = loaded.params, config["method"].get("wise_ft")
   if share is not None:  # what its evaluation takes too
-    mix = lambda old, new: (1 - share) * old + share * new
-    params = jax.tree.map(mix, loaded.extra["start"], params)
+    params = average(loaded.extra["start"], params, share)
   trees = {"params": params, "extra": loaded.extra}
   leaves = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
@@ -148,8 +149,6 @@ def write_workdir(
 
   Returns lines on what was done.
   """
-  from clj.train import TrainState
-
   directory = epath.Path(directory)
   if (directory / "checkpoints").exists():
     raise UserError(f"{directory} holds a run already; take another directory")
@@ -174,26 +173,23 @@ def write_workdir(
       )
     config["data"]["text"] = section
 
-  method = make_method(config["method"], config["model"])
+  method = make_method(config["method"], config["model"], config["total_steps"])
   batch = {
     "image": jnp.zeros((1, 1, model.size, model.size, 3)),
     "text": jnp.zeros((1, length), jnp.int32),
     "text_mask": jnp.ones((1, length), bool),
   }
   params, extra = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
-  state = TrainState(jnp.zeros((), jnp.int32), jax.random.key(0), params, extra, ())
   # Split over all devices; nothing is ever whole on one, nor drawn at random first.
   mesh = sharding.make_mesh(data=1, fsdp=-1)
   struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   wanted = (params, extra)
   params, extra = jax.tree.map(struct, wanted, sharding.state_shardings(wanted, mesh))
   with jax.set_mesh(mesh):
-    state, report = init_from(
-      TrainState(state.step, state.rng, params, extra, ()), source
-    )
+    params, extra, report = init_from(params, extra, source)
   lacking = [
     sharding.name(path)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.extra))
+    for path, leaf in jax.tree_util.tree_leaves_with_path((params, extra))
     if isinstance(leaf, jax.ShapeDtypeStruct)
   ]
   if lacking:
@@ -205,6 +201,8 @@ def write_workdir(
   if config["data"]["text"]:
     opened.save(directory / "tokenizer")
     clock["tokenizer"] = opened.fingerprint
+  state = {"step": jnp.zeros((), jnp.int32), "rng": jax.random.key(0), "opt_state": ()}
+  state |= {"params": params, "extra": extra}
   checkpoints = checkpoint.Checkpoints(directory)
   checkpoints.save(0, state, clock, {})
   checkpoints.close()

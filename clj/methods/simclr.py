@@ -15,21 +15,30 @@ batch of both views, as theirs is on TPU.
 import jax
 
 from clj import losses, models
+from clj.cli import UserError
 from clj.method import Aux, Method, keep
 
 
-def make(model: dict, *, projector: dict, temperature: float = 0.1) -> Method:
+def make(
+  model: dict, *, total_steps: int, projector: dict, temperature: float = 0.1
+) -> Method:
   """Builds SimCLR.
 
   model: keyword arguments of `models.image`, the encoder.
+  total_steps: of the run; nothing here changes with them.
   projector: keyword arguments of `models.projector`, the projection head.
   temperature: divides the cosine similarities.
   """
+  del total_steps
   encoder = models.image(**model)
   head = models.projector(**projector)
 
   def init(rng, batch):
     rng_encoder, rng_head = jax.random.split(rng)
+    if (V := batch["image"].shape[1]) != 2:
+      raise UserError(
+        f"simclr compares two views of a picture, not {V}: set the number of views to 2"
+      )
     params, extra = {}, {}
     image = batch["image"][:, 0]
     params["encoder"], extra["encoder"] = encoder.init(rng_encoder, image)
@@ -50,6 +59,8 @@ def make(model: dict, *, projector: dict, temperature: float = 0.1) -> Method:
     return value, (extra, Aux({}, features))
 
   def embed(params, extra, batch):
+    if "image" not in batch:
+      return {}
     h, _ = encoder.apply(
       params["encoder"], extra["encoder"], batch["image"][:, 0], train=False
     )

@@ -1,6 +1,6 @@
 """Checkpoints: Orbax, asynchronous and atomic, guarded by hashes of their files.
 
-    workdir/checkpoints/STEP/   what Orbax wrote: the train state and the clock
+    workdir/checkpoints/STEP/   what Orbax wrote: train state, clock, score
     workdir/hashes/STEP.P.json  size and SHA-256 of each file of process P
     workdir/damaged/            what failed the check: renamed, never deleted
 
@@ -24,8 +24,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
+from clj import sharding
 from clj.cli import UserError
 from clj.runs import processes
 from clj.runs.workdir import is_remote
@@ -38,7 +38,8 @@ class CheckpointError(UserError):
 class Checkpoints:
   """The checkpoints of one workdir, newest `keep` and the best one kept.
 
-  best: name of the metric whose highest value marks the best checkpoint, or None.
+  best: (name, sign) of the metric whose highest (1) or lowest (-1) value marks the best
+    checkpoint, or None.
   committed: called with the step of each checkpoint that is whole, from another thread.
   """
 
@@ -47,19 +48,19 @@ class Checkpoints:
     workdir,
     *,
     keep: int = 2,
-    best: str | None = None,
+    best: tuple[str, int] | None = None,
     committed: Callable[[int], None] = lambda step: None,
   ):
     # Orbax wants whole paths; a bucket's is one.
     whole = is_remote(workdir)
     self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
-    self.best = best
-    self._say_committed = committed
+    self.best = best or ("", 1)
+    self.committed = committed
     self._keep = keep
     self._hashing: list[threading.Thread] = []
     self._over = threading.Event()  # what is not committed by then never will be
-    self._manager = None
+    self._saver = None
     self._newest = None  # step that was saved last
     self._failed: Exception | None = None  # in a thread
 
@@ -81,20 +82,23 @@ class Checkpoints:
       self._save(step, state, clock, metrics)
 
   def _save(self, step: int, state, clock: dict, metrics: dict[str, float]):
-    manager = self._open()
+    saver = self._open()
     # A checkpoint of this step that somebody removed by hand may have left its hashes,
     # also those of more processes than there are now.
     for manifest in self._manifests(step):
       if _writer(manifest) % jax.process_count() == jax.process_index():
         manifest.unlink(missing_ok=True)
-    manager.check_for_errors()
+    saver.check_for_errors()
     self._newest = step
-    manager.save(
-      step,
+    name, sign = self.best
+    score = {"score": sign * metrics[name]} if name in metrics else {}
+    saver.save(
+      self.directory / str(step),
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), clock=ocp.args.JsonSave(clock)
+        state=ocp.args.StandardSave(state),
+        clock=ocp.args.JsonSave(clock),
+        metrics=ocp.args.JsonSave(score),
       ),
-      metrics={"score": metrics[self.best]} if self.best in metrics else {},
       force=True,
     )
     thread = threading.Thread(target=self._finish, args=(step,), daemon=True)
@@ -104,8 +108,8 @@ class Checkpoints:
   def check(self):
     """Raises CheckpointError where a save in the background has failed by now."""
     with self._explained():
-      if self._manager is not None:
-        self._manager.check_for_errors()
+      if self._saver is not None:
+        self._saver.check_for_errors()
       if self._failed is not None:
         raise self._failed
 
@@ -113,8 +117,8 @@ class Checkpoints:
     """Until every save is committed and hashed; raises CheckpointError, as `check`."""
     with self._explained():
       try:
-        if self._manager is not None:
-          self._manager.wait_until_finished()
+        if self._saver is not None:
+          self._saver.wait_until_finished()
       finally:
         self._over.set()
         for thread in self._hashing:
@@ -135,8 +139,8 @@ class Checkpoints:
 
   def close(self):
     self.wait()
-    if self._manager is not None:
-      self._manager.close()
+    if self._saver is not None:
+      self._saver.close()
 
   def restore(self, abstract_state, step: int | None = None):
     """Restores the newest intact checkpoint, or that of `step`.
@@ -182,10 +186,13 @@ class Checkpoints:
       )
     return None
 
-  def restore_tree(self, step: int, make_sharding=None):
+  def restore_tree(self, step: int, make_sharding=None, parts=None):
     """Restores the state of `step`, whatever its structure is, as a nested dict.
 
-    make_sharding: shape-and-dtype struct -> sharding; default: the first device.
+    make_sharding: (name, shape-and-dtype struct) -> sharding; default: the first
+      device. The name is "params/encoder/..." and so on.
+    parts: what is restored, such as ("params", "extra"); the rest is not read. None:
+      all of it.
     """
     self._require(step)
     fault = self.fault(step)
@@ -193,17 +200,25 @@ class Checkpoints:
       raise CheckpointError(f"checkpoint {self.directory / str(step)}: {fault}")
     path = self.directory / str(step) / "state"
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    make_sharding = make_sharding or (lambda _: first)
 
-    def struct(leaf):
+    def struct(keys, leaf):
       plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=make_sharding(plain))
+      where = make_sharding(sharding.name(keys), plain) if make_sharding else first
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     try:
-      with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+      with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
-        abstract = jax.tree.map(struct, tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return checkpointer.restore(path, abstract)
+        tree = {key: tree[key] for key in tree if parts is None or key in parts}
+        abstract = jax.tree_util.tree_map_with_path(
+          struct, tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
+        wanted = ocp.args.PyTreeRestore(
+          abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        )
+        return checkpointer.restore(path, wanted)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
       raise CheckpointError(f"checkpoint {path}: {_first_line(error)}") from error
 
@@ -214,22 +229,33 @@ class Checkpoints:
         f"no checkpoint of step {step} in {self.directory}; there are {found or 'none'}"
       )
 
-  def _open(self) -> ocp.CheckpointManager:
+  def _open(self) -> ocp.AsyncCheckpointer:
     # Opened late: reading a workdir must not create anything in it.
-    if self._manager is None:
+    if self._saver is None:
       # It logs with a traceback what it then raises in `save` or `wait`.
       logging.getLogger("absl").addFilter(_not_orbax)
-      score = lambda metrics: metrics.get("score", -np.inf)
-      self._manager = _Manager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-          best_fn=score,
-          preservation_policy=policies.AnyPreservationPolicy(
-            [policies.LatestN(self._keep), policies.BestN(get_metric_fn=score, n=1)]
-          ),
-        ),
-      )
-    return self._manager
+      self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+      if jax.process_index() == 0 and self.directory.exists():
+        for left in self.directory.iterdir():  # of processes that were killed
+          if not left.name.isdigit() and left.is_dir():
+            left.rmtree(missing_ok=True)
+    return self._saver
+
+  def _prune(self):
+    """Removes all but the newest `keep` and the best of what is committed."""
+    steps = self.steps()
+    best = max(steps, key=lambda step: (self._score(step), step), default=None)
+    for step in steps[: -self._keep]:
+      if step != best or self._score(step) == -np.inf:
+        with contextlib.suppress(FileNotFoundError):  # the thread of another save
+          _remove(self.directory / str(step))
+
+  def _score(self, step: int) -> float:
+    path = self.directory / str(step) / "metrics" / "metadata"
+    try:
+      return json.loads(path.read_text()).get("score", -np.inf)
+    except (OSError, ValueError):
+      return -np.inf
 
   def _restore(self, step: int, abstract_state):
     path = self.directory / str(step)
@@ -265,7 +291,9 @@ class Checkpoints:
         return
       wait = min(2 * wait, 1.0) if is_remote(path) else wait  # each look is a request
     with contextlib.suppress(OSError):  # of a closed terminal
-      self._say_committed(step)
+      self.committed(step)
+    if jax.process_index() == 0:
+      self._prune()
     self._hash(step)
 
   def _hash(self, step: int):
@@ -350,15 +378,13 @@ class Checkpoints:
     return epath.Path(processes.from_first(os.fspath(target)))  # all wait for it
 
 
-class _Manager(ocp.CheckpointManager):
-  def reached_preemption(self, step: int) -> bool:
-    """Only the loop asks for this: see `processes.Stopping`.
-
-    The runtime remembers at which moment a process asked last. Orbax would ask in every
-    save, with the number of the step: the processes then agree to stop at a moment that
-    is over, and never stop.
-    """
-    return False
+def _remove(path: epath.Path):
+  """Removes a checkpoint: killed on the way, none is left that looks whole."""
+  if is_remote(path):
+    (path / "commit_success.txt").unlink(missing_ok=True)
+  else:
+    path = path.rename(path.parent / f"{path.name}.removed")
+  path.rmtree(missing_ok=True)
 
 
 def _committed(path: epath.Path) -> bool:
