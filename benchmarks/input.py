@@ -29,7 +29,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from clj.data import DataError, images, open_source, pipeline
+from clj.data import DataError, images, open_data
 from clj.data.order import order
 
 CROPS = {"size": 224, "views": 2, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
@@ -68,12 +68,12 @@ def in_turns(alternatives, batch_size, count, turns):
   return {name: statistics.median(x) for name, x in rates.items()}
 
 
-def memory(source, batch_size, turns):
+def memory(data, batch_size, turns):
   def ours():
-    return pipeline.batches(source, seed=0, batch_size=batch_size, **CROPS)
+    return data.batches(seed=0, batch_size=batch_size)
 
   def take():
-    rng, pictures = np.random.default_rng(0), source.arrays["image"]
+    rng, pictures = np.random.default_rng(0), data.train.held.arrays["image"]
     while True:
       records = rng.integers(0, len(pictures), (16, batch_size))
       for row in records:
@@ -86,18 +86,21 @@ def memory(source, batch_size, turns):
 
 
 @functools.cache
-def opened(name, data_dir):
-  """The photographs, opened once in each process."""
-  return open_source(name, "train", data_dir)
+def opened(name, data_dir, threads=0):
+  """A data set whose pictures are cropped as CROPS says, opened once in a process."""
+  size, views, scale, ratio = CROPS.values()
+  entry = {"name": "views", "size": size, "views": views}
+  entry |= {"crop_scale": scale, "crop_ratio": ratio}
+  section = {"source": name, "data_dir": data_dir or "", "threads": threads}
+  return open_data(section | {"augment": {"image": entry}})
 
 
 def stream(name, data_dir, batch_size, turns, threads):
-  source = opened(name, data_dir)
+  data = opened(name, data_dir, threads)
+  source = data.train.source
 
   def ours():
-    return pipeline.batches(
-      source, seed=0, batch_size=batch_size, threads=threads, **CROPS
-    )
+    return data.batches(seed=0, batch_size=batch_size)
 
   def decode_only():
     def decode(start):
@@ -111,7 +114,7 @@ def stream(name, data_dir, batch_size, turns, threads):
         yield from range(4)
 
   def crop(position):
-    source = opened(name, data_dir)
+    source = opened(name, data_dir).train.source
     record = source.read([int(order(2, position, len(source)))])[0]
     sets = [images.CropSet("image", **CROPS)]
     return images.crops(record["image"], sets, 2, position)["image"]
@@ -137,7 +140,7 @@ def stream(name, data_dir, batch_size, turns, threads):
 
 
 def multicrop(name, data_dir, batch_size, turns, threads):
-  source = opened(name, data_dir)
+  source = opened(name, data_dir).train.source
   encoded = [record["image"] for record in source.read(range(len(source)))]
 
   def larger(data):
@@ -235,11 +238,12 @@ def main():
     print("TensorFlow is not installed: nothing is measured beside tf.data")
   start = time.perf_counter()
   try:
-    small = open_source("cifar10", "train", flags.data_dir)
+    small = opened("cifar10", flags.data_dir)
   except DataError as error:
     print(f"{error}: the embedded shapes instead")
-    small = open_source("shapes", "train")
-  report("start", small.name, time.perf_counter() - start, "s")
+    small = opened("shapes", "")
+  small.train.held  # noqa: B018 (what is held is decoded at the first look)
+  report("start", small.train.name, time.perf_counter() - start, "s")
   memory(small, 512, flags.turns)
   try:
     stream(flags.photographs, flags.data_dir, 64, flags.turns, flags.threads)
