@@ -73,12 +73,14 @@ def test_evaluations_have_data_of_their_own():
     "zeroshot": {"templates": ("a {}",)},
     "seen": {"name": "zeroshot", "data": {"source": DATA["source"],
                                           "test_split": "seen[:50]"}},
-    "shapes": {"name": "zeroshot", "data": {"source": "shapes"}},
+    "shapes": {"name": "zeroshot", "data": {"source": "shapes",
+                                            "test_split": "test[:60]"}},
     "retrieval": {},
     "retrieval_train": {"name": "retrieval", "data": {
       "source": DATA["source"], "test_split": "train[:40]",
       "columns": {"text": {"field": "caption"}}}},
-    "knn": {"k": 5, "data": {"source": "shapes", "train_split": "test[:200]"}},
+    "knn": {"k": 5, "data": {"source": "shapes", "train_split": "test[:200]",
+                             "test_split": "test[:40]"}},
     "linear_probe": {"final_only": True, "epochs": 2},
     "accuracy": {},
   }  # fmt: skip
@@ -92,7 +94,8 @@ def test_evaluations_have_data_of_their_own():
     assert one[key] == pytest.approx(eight[key], abs=1e-6), key
   assert one["eval/zeroshot/chance"] == one["eval/seen/chance"] == 1 / 72
   assert one["eval/shapes/chance"] == one["eval/knn/chance"] == 1 / 9
-  assert one["eval/knn/most_frequent"] > 1 / 9
+  labels = open_data({"source": "shapes"}).split("test[:40]").labels()
+  assert one["eval/knn/most_frequent"] == np.bincount(labels).max() / 40 > 1 / 9
   assert one["eval/retrieval/text_to_image/untrained@10"] == pytest.approx(
     one["eval/retrieval/text_to_image/recall@10"]
   )
