@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from clj.data import DataError, ingest, open_source
+from clj.data import DataError, ingest
 from tests import files_test
-from tests.data_test import encode, photograph, write_tfds
-from tests.files_test import CAPTIONS, COUNT, DATA, LABELS
+from tests.data_test import encode, evaluated, photograph, write_tfds
+from tests.files_test import CAPTIONS, COUNT, DATA, LABELS, opened
 
 TABLE = {"image": "filepath", "caption": "title", "label": "kind"}
 
@@ -78,9 +79,10 @@ def check(out, kind):
   for i, (_, _, caption, name) in zip(numbers, found):
     assert (caption, name) == (CAPTIONS[i], names[i % 3])
   root = pathlib.Path(out).parent
-  source = open_source(root.name, "train", str(root.parent), caption="caption")
-  assert [r["caption"] for r in source.read(range(COUNT))] == [
-    [caption] for _, _, caption, _ in found
+  split = opened(root.name, data_dir=str(root.parent)).train
+  records = split.records(range(COUNT))
+  assert [(r["id"], r["text"]) for r in records] == [
+    (key, [caption]) for key, _, caption, _ in found
   ]
 
 
@@ -222,7 +224,7 @@ def test_bad_entries_are_counted_and_left_out(tmp_path, capsys):
   out = tmp_path / "made"
   assert ingest.main([str(root), str(out)]) == 0
   said = capsys.readouterr()
-  assert "train: 2 records, 8 bad" in said.out
+  assert "train: 2 records, 9 bad" in said.out
   for reason in (
     "refused: '../evil.png' leads out of the archive",
     "refused: 'a/../../evil.png' leads out",
@@ -232,9 +234,10 @@ def test_bad_entries_are_counted_and_left_out(tmp_path, capsys):
     "broken: ",
     "silent: it has no caption",
     "json: ",
+    "list: its JSON is no object",
   ):
     assert reason in said.out
-  assert "2 records, 8 bad, part 1 of 1" in said.err
+  assert "2 records, 9 bad, part 1 of 1" in said.err
   builder = tfds.builder_from_directory(str(out / "1.0.0"))
   keys = [r["key"].decode() for r in builder.as_data_source("train")]
   assert keys == ["a/one", "two"]
@@ -338,9 +341,11 @@ def test_splits(tmp_path):
   source = f"csv:{tmp_path}/{{split}}.csv"
   ingest.ingest(source, out, splits=["train"], **TABLE)
   ingest.ingest(source, out, splits=["test"], **TABLE)
-  both = [open_source("tables", s, str(tmp_path)) for s in ("train", "test")]
-  assert both[0].class_names == both[1].class_names == ("ant", "bee", "cat")
-  assert {r["label"] for r in both[1].read(range(COUNT))} == {2}
+  both = opened("tables", data_dir=str(tmp_path))
+  assert (
+    both.train.classes["label"] == both.test.classes["label"] == ("ant", "bee", "cat")
+  )
+  assert set(both.test.labels()) == {2}
   again = ingest.ingest(source, str(tmp_path / "b"), splits=["train", "test"], **TABLE)
   assert list(again) == ["train", "test"]
   with pytest.raises(DataError, match="so it is one split, not train, test"):
@@ -355,9 +360,23 @@ def test_several_captions(tmp_path):
   source, _ = write_source("webdataset", tmp_path / "in")
   out = tmp_path / "made"
   ingest.ingest(source, str(out), caption="titles")
-  made = open_source("made", "train", str(tmp_path), caption="caption")
-  said = [r["caption"] for r in made.read(range(COUNT))]
+  made = opened("made", data_dir=str(tmp_path)).train
+  said = [r["text"] for r in made.records(range(COUNT))]
   assert said == [["a", f"{i}"] for i in range(COUNT)]
+
+
+def test_numbers_that_are_no_classes(tmp_path):
+  (tmp_path / "in").mkdir()
+  numbers = [10**9, 3, -1, 10**9 + 1, 3]
+  with tarfile.open(tmp_path / "in" / "x.tar", "w") as shard:
+    for i, number in enumerate(numbers):
+      files_test.add(shard, f"{i}.png", DATA[i])
+      files_test.add(shard, f"{i}.cls", str(number).encode())
+  source = f"webdataset:{tmp_path}/in/x.tar"
+  ingest.ingest(source, str(tmp_path / "made"), caption="")
+  made = opened("made", caption=None, data_dir=str(tmp_path)).train
+  assert made.classes["label"] == ("3", str(10**9), str(10**9 + 1))
+  assert made.labels().tolist() == [1, 0, -1, 2, 0]
 
 
 # TFRecord, as TFDS writes it with TensorFlow.
@@ -402,16 +421,17 @@ def test_tfrecord_becomes_arrayrecord(tmp_path):
   pictures = [encode(photograph(12, 12, seed=i)) for i in range(12)]
   file, _, examples = write_tfrecord(tmp_path, pictures)
   with pytest.raises(DataError, match="clj.data.ingest"):
-    open_source("tiny", "train", str(tmp_path))
+    opened("tiny", caption=None, data_dir=str(tmp_path))
   for source in (file.parent, file.parent.parent):
     out = tmp_path / "out" / source.name / "tiny"
     made = ingest.ingest(str(source), str(out))
     assert (made["train"]["records"], made["train"]["bad"]) == (12, 0)
-    made = open_source("tiny:1.0.0", "train", str(out.parent))
-    assert made.class_names == ("x", "y", "z")
-    np.testing.assert_array_equal(made.arrays["label"], np.arange(12) % 3)
+    made = opened("tiny:1.0.0", caption=None, data_dir=str(out.parent)).train
+    assert made.classes["label"] == ("x", "y", "z")
+    batch = evaluated(made, 12)
+    np.testing.assert_array_equal(batch["label"], np.arange(12) % 3)
     np.testing.assert_array_equal(
-      made.arrays["image"], [photograph(12, 12, seed=i) for i in range(12)]
+      batch["image"][:, 0], [photograph(12, 12, seed=i) for i in range(12)]
     )
   # The examples are the same bytes.
   builder = tfds.builder_from_directory(str(out / "1.0.0"))
@@ -439,7 +459,5 @@ def test_damaged_tfrecords(tmp_path):
   assert ":5: " in said
   assert ":9: the length is damaged" in said
   assert ":11: lost" in said
-  kept = open_source("tiny", "train", str(tmp_path / "out"))
-  np.testing.assert_array_equal(
-    kept.arrays["label"], np.array([0, 1, 3, 4, 6, 7, 8]) % 3
-  )
+  kept = opened("tiny", caption=None, data_dir=str(tmp_path / "out")).train
+  np.testing.assert_array_equal(kept.labels(), np.array([0, 1, 3, 4, 6, 7, 8]) % 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clj.data import images, sources
+from clj.data import images, open_data
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "open_clip_preprocess.npz"
 # In the fixture: size, crop. What open_clip calls resize_mode "shortest", "squash".
@@ -23,13 +23,13 @@ def test_photographs_are_those_of_open_clip(mode):
   if not os.path.isdir(os.path.join(data_dir, "caltech101_subset")):
     pytest.skip("needs the photographs: caltech101_subset in TFDS_DATA_DIR")
   fixture, (size, crop) = np.load(FIXTURE), MODES[mode]
-  source = sources.open_source("caltech101_subset", "test", data_dir)
-  found = [
-    images.crop_centrally(images.decode(record["image"]), size, crop)
-    for record in source.read(fixture["records"])
-  ]
+  section = {"source": "caltech101_subset", "data_dir": data_dir}
+  columns = {"image": {"size": size, "eval_crop": crop}}
+  split = open_data(section | {"columns": columns}).test
+  records = fixture["records"].tolist()
+  ((batch, _),) = split.record_batches([records], batch_size=len(records))
   rows, columns = fixture[f"{mode}_at"]
-  found = np.stack(found)[:, rows, columns].astype(int)
+  found = batch["image"][:, 0, rows, columns].astype(int)
   difference = np.abs(found - fixture[mode])
   assert found.std() > 50 and difference.shape == (10, 60, 3)
   assert difference.max() <= 1 and difference.mean() < 0.1

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from clj.data import DataError, open_source
+from clj.data import DataError, open_data
 from clj.data.shapes import COLORS, SHAPES, SIZES, shapes
 
 LIMIT = 0.35  # Chance is 0.11.
@@ -161,11 +161,15 @@ def test_captions_tell_what_is_drawn(splits):
 
 
 def test_the_source():
-  source = open_source("shapes", "train")
-  assert len(source) == SIZES["train"]
-  assert source.keys == ("index", "image", "label")
-  assert source.class_names == SHAPES
-  np.testing.assert_array_equal(source.arrays["label"], shapes("train")["label"])
-  assert len(open_source("shapes", "test[:10%]")) == SIZES["test"] // 10
+  opened = lambda split: open_data({"source": "shapes", "train_split": split})
+  data = opened("train")
+  assert len(data.train) == SIZES["train"]
+  assert data.train.keys == ("index", "image", "label")
+  assert data.train.classes["label"] == SHAPES
+  drawn = shapes("train")
+  batch = next(data.batches(seed=0, batch_size=100))
+  for key in ("image", "label"):
+    np.testing.assert_array_equal(batch[key], drawn[key][batch["index"]])
+  assert len(opened("test[:10%]").train) == SIZES["test"] // 10
   with pytest.raises(DataError, match="shapes has no split 'dev'"):
-    open_source("shapes", "dev")
+    opened("dev")

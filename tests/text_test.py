@@ -219,18 +219,19 @@ def test_a_vocabulary_that_was_changed_is_refused(tmp_path):
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path):
   section = {"field": "caption", "tokenizer": "words", "length": 12}
-  made = text.of_run(tmp_path, section, lambda: iter(CAPTIONS), started=False)
+  kept = tmp_path / "tokenizer"
+  made = text.of_run(kept, section, lambda: iter(CAPTIONS), started=False)
   # Going on, the captions are not asked for.
-  assert text.of_run(tmp_path, section, None, started=True).settings == made.settings
+  assert text.of_run(kept, section, None, started=True).settings == made.settings
   changes = {"length": 16, "clean": "lower", "pad_id": 3}
   for key, value in changes.items():
-    with pytest.raises(ValueError, match=f"data.text.{key} is {value!r}"):
+    with pytest.raises(ValueError, match=f"data.columns.text.{key} is {value!r}"):
       text.check(made, section | {key: value})
   with pytest.raises(ValueError, match="another kind of vocabulary, 'words'"):
     text.check(made, section | {"tokenizer": "bpe"})
   file = bert(tmp_path / "bert.json")
   section |= {"tokenizer": file}
-  made = text.of_run(tmp_path, section, None, started=False)
+  made = text.of_run(kept, section, None, started=False)
   text.check(made, section)
   bert(file, specials=False)
   with pytest.raises(ValueError, match="is not the one that the run was trained with"):

@@ -155,13 +155,21 @@ def rows(table, wants: dict[str, Want], disk=_Disk):
   A record is called by its first file, if it has one, else by its number.
   """
 
+  import pyarrow
+
+  named = {  # whose value is short, and names the record
+    column
+    for column, want in wants.items()
+    if want.content and pyarrow.types.is_string(table.schema.field(want.field).type)
+  }
+
   def read(indices, columns):
     records = []
     for i in map(int, indices):
       try:
         record = {}
         for column, want in wants.items():
-          if column not in columns and not want.content:
+          if column not in columns and column not in named:
             continue
           value, path = table[want.field][i].as_py(), None
           if want.content:
