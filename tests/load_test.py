@@ -20,6 +20,9 @@ EVALS = {
 }  # fmt: skip
 
 
+TWO_VIEWS = PAIRS | {"augment": {"image": PAIRS["augment"]["image"] | {"views": 2}}}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   config = clip.get_config("smoke").to_dict() | {"evals": EVALS}
@@ -62,7 +65,7 @@ def test_evaluation_alone_is_the_same_however_the_run_is_split(
     config = clip.get_config("smoke").to_dict() | {"evals": EVALS}
     config["mesh"] = {"data": -1, "fsdp": fsdp}
     monkeypatch.setattr(sharding, "SMALL", 64)
-    directory = write_run(tmp_path / name, config, PAIRS)
+    directory = write_run(tmp_path / name, config, TWO_VIEWS)
     assert evaluate.main([f"--workdir={directory}"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header == f"{directory}, step 0"
