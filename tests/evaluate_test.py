@@ -306,6 +306,46 @@ def test_the_best_checkpoint_follows_a_value_that_comes():
   assert best_metric(evals) == ("eval/knn/top1", 1)
 
 
+class Board:
+  """A writer that keeps the pictures."""
+
+  def __init__(self):
+    self.pictures = []
+
+  def picture(self, name, picture, step):
+    self.pictures.append((name, picture, step))
+
+
+def test_neighbours_are_drawn_once_and_of_pictures_alone():
+  data = open_data(DATA | {"test_split": "train[:100]"})
+  evals = {
+    "knn": {"k": 5, "layer": "features"},
+    "knn20": {"name": "knn", "k": 20},
+    "text": {"name": "knn", "layer": "text"},
+  }
+  board = Board()
+  with on(2):
+    run = evaluation(evals, data)
+    run(0, writer=board)
+    assert not board.pictures
+    run(4, writer=board)
+  ((name, picture, step),) = board.pictures
+  assert (name, step) == ("neighbours", 4) and picture.dtype == np.uint8
+  side = 32 + 2  # with its border
+  assert abs(picture.shape[0] - 8 * side) <= 2 and abs(picture.shape[1] - 9 * side) <= 2
+  first, second = (picture[2:34, left : left + 32] for left in (2, 36))
+  np.testing.assert_array_equal(first, second)  # each is nearest to itself
+  assert first.std() > 5
+
+
+def test_pixels_are_a_baseline_in_memory_alone():
+  streamed = open_data(DATA, memory_limit=0)
+  with on(2):
+    found = evaluation({"knn": {"k": 5}}, streamed)(0)
+  assert "eval/knn/raw_pixels" not in found
+  assert found["eval/knn/chance"] == 1 / 72 and "eval/knn/untrained" in found
+
+
 def test_a_table_has_each_protocol_once():
   values = {"eval/knn/top1": 0.5, "eval/knn/chance": 0.1, "eval/knn/records": 90.0}
   lines = table(values, {"knn": {"k": 20}, "zeroshot": {}}).splitlines()

@@ -97,6 +97,10 @@ def linear_probe(
       epochs=int(epochs),
     )
   )
+  return _values(found, learning_rates)
+
+
+def _values(found: dict, learning_rates) -> dict[str, float]:
   for name in ("train", "held_out", "test"):
     if not found[f"{name}_rows"]:
       raise UserError(f"no labelled row among the {name} features")
