@@ -7,11 +7,16 @@ the median over the turns, so that what else the machine does hits all alike.
   stream   photographs decoded and cropped twice to 224 pixels, beside decoding alone by
            as many threads, Grain's worker processes around the same work, and tf.data
            where TensorFlow is installed
+  crops    2 x 224 and 2 x 224 + 6 x 96 pixels by `images.crops` in threads, beside
+           decoding alone and tf.data; of the same photographs in memory, as they are
+           and at 500 x 375 pixels
   start    opening the data set that is held in memory
 """
 
 import argparse
 import functools
+import importlib.util
+import io
 import itertools
 import json
 import os
@@ -22,11 +27,16 @@ from concurrent import futures
 import absl.flags
 import grain
 import numpy as np
+from PIL import Image
 
-from clj.data import DataError, images, open_source, pipeline
+from clj.data import DataError, images, open_data
 from clj.data.order import order
 
 CROPS = {"size": 224, "views": 2, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+SETS = (
+  images.CropSet("image", 224, 2, (0.14, 1.0)),
+  images.CropSet("crops", 96, 6, (0.05, 0.14)),
+)
 ROWS = []
 
 
@@ -58,12 +68,12 @@ def in_turns(alternatives, batch_size, count, turns):
   return {name: statistics.median(x) for name, x in rates.items()}
 
 
-def memory(source, batch_size, turns):
+def memory(data, batch_size, turns):
   def ours():
-    return pipeline.batches(source, seed=0, batch_size=batch_size, **CROPS)
+    return data.batches(seed=0, batch_size=batch_size)
 
   def take():
-    rng, pictures = np.random.default_rng(0), source.arrays["image"]
+    rng, pictures = np.random.default_rng(0), data.train.held.arrays["image"]
     while True:
       records = rng.integers(0, len(pictures), (16, batch_size))
       for row in records:
@@ -76,18 +86,21 @@ def memory(source, batch_size, turns):
 
 
 @functools.cache
-def opened(name, data_dir):
-  """The photographs, opened once in each process."""
-  return open_source(name, "train", data_dir)
+def opened(name, data_dir, threads=0):
+  """A data set whose pictures are cropped as CROPS says, opened once in a process."""
+  size, views, scale, ratio = CROPS.values()
+  entry = {"name": "views", "size": size, "views": views}
+  entry |= {"crop_scale": scale, "crop_ratio": ratio}
+  section = {"source": name, "data_dir": data_dir or "", "threads": threads}
+  return open_data(section | {"augment": {"image": entry}})
 
 
 def stream(name, data_dir, batch_size, turns, threads):
-  source = opened(name, data_dir)
+  data = opened(name, data_dir, threads)
+  source = data.train.source
 
   def ours():
-    return pipeline.batches(
-      source, seed=0, batch_size=batch_size, threads=threads, **CROPS
-    )
+    return data.batches(seed=0, batch_size=batch_size)
 
   def decode_only():
     def decode(start):
@@ -101,15 +114,10 @@ def stream(name, data_dir, batch_size, turns, threads):
         yield from range(4)
 
   def crop(position):
-    source = opened(name, data_dir)
+    source = opened(name, data_dir).train.source
     record = source.read([int(order(2, position, len(source)))])[0]
-    picture = images.decode(record["image"])
-    chances = images.crop_chances(2, position, CROPS["views"])
-    crops = [
-      images.crop_randomly(picture, CROPS["size"], c, CROPS["scale"], CROPS["ratio"])
-      for c in chances
-    ]
-    return np.stack(crops)
+    sets = [images.CropSet("image", **CROPS)]
+    return images.crops(record["image"], sets, 2, position)["image"]
 
   def processes():
     dataset = grain.MapDataset.range(10**9).map(crop).to_iter_dataset()
@@ -122,7 +130,8 @@ def stream(name, data_dir, batch_size, turns, threads):
     f"clj, {threads} threads": ours,
     f"{threads} worker processes": processes,
   }
-  tf_data = tensorflow(source, batch_size)
+  encoded = [record["image"] for record in source.read(range(len(source)))]
+  tf_data = tensorflow(encoded, [images.CropSet("image", **CROPS)], batch_size)
   if tf_data:
     alternatives["tf.data"] = tf_data
   rates = in_turns(alternatives, batch_size, 24, turns)
@@ -130,32 +139,73 @@ def stream(name, data_dir, batch_size, turns, threads):
     report("stream", name, rate, "images/s", rate / rates["decode only"])
 
 
-def tensorflow(source, batch_size):
-  """The usual tf.data pipeline over the same encoded pictures, or None."""
+def multicrop(name, data_dir, batch_size, turns, threads):
+  source = opened(name, data_dir).train.source
+  encoded = [record["image"] for record in source.read(range(len(source)))]
+
+  def larger(data):
+    file = io.BytesIO()
+    picture = Image.fromarray(images.decode(data)).resize((500, 375), Image.BICUBIC)
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+  for size, pictures in {
+    "as they are": encoded,
+    "500 x 375": list(map(larger, encoded)),
+  }.items():
+
+    def threaded(work, pictures=pictures):
+      def chunk(start):
+        records = order(1, start + np.arange(16), len(pictures))
+        return [work(pictures[r], start + i) for i, r in enumerate(records)]
+
+      def batches():
+        with futures.ThreadPoolExecutor(threads) as pool:
+          for start in itertools.count(0, 4 * batch_size):
+            list(pool.map(chunk, range(start, start + 4 * batch_size, 16)))
+            yield from range(4)
+
+      return batches
+
+    alternatives = {
+      "decode only": threaded(lambda data, _: images.decode(data)),
+      "2 x 224": threaded(lambda data, at: images.crops(data, SETS[:1], 1, at)),
+      "2 x 224 + 6 x 96": threaded(lambda data, at: images.crops(data, SETS, 1, at)),
+    }
+    for label, sets in {"2 x 224": SETS[:1], "2 x 224 + 6 x 96": SETS}.items():
+      if tf_data := tensorflow(pictures, sets, batch_size):
+        alternatives[f"tf.data, {label}"] = tf_data
+    rates = in_turns(alternatives, batch_size, 12, turns)
+    for label, rate in rates.items():
+      ratio = rate / rates["decode only"]
+      report("crops", f"{size}: {label}", rate, "images/s", ratio)
+
+
+def tensorflow(encoded, sets, batch_size):
+  """The usual tf.data pipeline over encoded pictures, or None."""
   try:
     import tensorflow as tf
   except ImportError:
     return None
   tf.config.set_visible_devices([], "GPU")
-  encoded = [r["image"] for r in source.read(range(len(source)))]
 
   def views(data):
     shape = tf.io.extract_jpeg_shape(data)
 
-    def view(_):
+    def view(one):
       begin, size, _ = tf.image.sample_distorted_bounding_box(
         shape,
         tf.zeros([1, 0, 4]),
-        area_range=CROPS["scale"],
-        aspect_ratio_range=CROPS["ratio"],
+        area_range=one.scale,
+        aspect_ratio_range=one.ratio,
         use_image_if_no_bounding_boxes=True,
       )
       window = tf.stack([begin[0], begin[1], size[0], size[1]])
       crop = tf.image.decode_and_crop_jpeg(data, window, channels=3)
-      crop = tf.image.resize(crop, [CROPS["size"]] * 2, "bicubic")
+      crop = tf.image.resize(crop, [one.size] * 2, "bicubic")
       return tf.cast(tf.clip_by_value(crop, 0, 255), tf.uint8)
 
-    return tf.stack([view(i) for i in range(CROPS["views"])])
+    return {one.key: tf.stack([view(one) for _ in range(one.views)]) for one in sets}
 
   dataset = tf.data.Dataset.from_tensor_slices(encoded).shuffle(len(encoded)).repeat()
   dataset = dataset.map(views, tf.data.AUTOTUNE).batch(batch_size)
@@ -184,16 +234,20 @@ def main():
   parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--threads", type=int, default=os.cpu_count())
   flags = parser.parse_args()
+  if importlib.util.find_spec("tensorflow") is None:
+    print("TensorFlow is not installed: nothing is measured beside tf.data")
   start = time.perf_counter()
   try:
-    small = open_source("cifar10", "train", flags.data_dir)
+    small = opened("cifar10", flags.data_dir)
   except DataError as error:
     print(f"{error}: the embedded shapes instead")
-    small = open_source("shapes", "train")
-  report("start", small.name, time.perf_counter() - start, "s")
+    small = opened("shapes", "")
+  small.train.held  # noqa: B018 (what is held is decoded at the first look)
+  report("start", small.train.name, time.perf_counter() - start, "s")
   memory(small, 512, flags.turns)
   try:
     stream(flags.photographs, flags.data_dir, 64, flags.turns, flags.threads)
+    multicrop(flags.photographs, flags.data_dir, 64, flags.turns, flags.threads)
   except DataError as error:
     print(f"no streaming benchmark: {error}")
   table()

@@ -5,39 +5,28 @@ import contextlib
 import jax
 
 from clj import sharding, train
-from clj.data import pipeline, sources
+from clj.data import open_data
 
 
 class Recipe:
-  """mesh, program (see `clj.train.build`), source, and `batch(step)` on the devices."""
+  """mesh, program (see `clj.train.build`), data, and `batch(step)` on the devices."""
 
   def __init__(self, config: dict, devices=None):
-    self.config, self.data = config, config["data"]
+    self.config, self.data = config, open_data(config["data"])
     self.mesh = sharding.make_mesh(devices=devices)
-    self.source = sources.open_source(
-      self.data["source"], self.data["train_split"], self.data["data_dir"] or None
-    )
-    shapes = {
-      key: jax.ShapeDtypeStruct(
-        value.shape, value.dtype, sharding=sharding.batch_sharding(self.mesh)
-      )
-      for key, value in self.rows(0).items()
-    }
-    keys = ("seed", "batch_size", "total_steps", "method", "model", "data", "optim")
+    keys = ("seed", "batch_size", "total_steps", "method", "model", "optim")
     with jax.set_mesh(self.mesh):
-      self.program = train.build(shapes, self.mesh, **{k: config[k] for k in keys})
+      self.program = train.build(
+        train.batch_shapes(self.data, config["batch_size"], self.mesh),
+        self.mesh,
+        augment=config["data"]["augment"],
+        **{k: config[k] for k in keys},
+      )
 
   def rows(self, step):
     with contextlib.closing(
-      pipeline.batches(
-        self.source,
-        seed=self.config["seed"],
-        batch_size=self.config["batch_size"],
-        step=step,
-        size=self.data["size"],
-        views=self.data["views"],
-        scale=self.data["crop_scale"],
-        ratio=self.data["crop_ratio"],
+      self.data.batches(
+        seed=self.config["seed"], batch_size=self.config["batch_size"], step=step
       )
     ) as batches:
       return next(batches)

@@ -11,9 +11,12 @@ import inspect
 import logging
 import os
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+
+from ml_collections import ConfigDict
 
 # JAX is imported where it is needed: it reads the environment that is prepared here.
 
@@ -32,10 +35,12 @@ def check_keywords(function: Callable, given: Iterable[str], where: str):
   parameters = inspect.signature(function).parameters.values()
   if any(p.kind == p.VAR_KEYWORD for p in parameters):
     return
-  keywords = [
-    p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-  ]
-  known = [p.name for p in keywords]
+  check_keys(given, [p.name for p in parameters], where)
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str):
+  """Refuses keys that are not `known`, with a suggestion; raises UserError."""
+  known = list(known)
   for key in given:
     if key not in known:
       near = difflib.get_close_matches(key, known, 1)
@@ -158,38 +163,61 @@ CONFIG_HELP = (
 def read_config(argv: Sequence[str]) -> tuple[dict, str]:
   """The config that --config and --config.key=value describe, and its file's name.
 
-  Raises UserError for what else there is in `argv`, or for a key that does not exist.
+  A key may be one that the recipe does not state: what takes its section refuses those
+  that do not exist. Raises UserError for what else there is in `argv`.
   """
   from absl import flags
   from ml_collections import config_flags
 
-  values = flags.FlagValues()
-  argv = ["clj", *argv]
-  config = config_flags.DEFINE_config_file(
-    "config", None, flag_values=values, sys_argv=argv
-  )
+  argv = [*argv]
+  for i, argument in enumerate(argv[:-1]):
+    if argument in ("--config", "-config"):  # its value comes apart
+      argv[i : i + 2] = [f"--config={argv[i + 1]}"]
+  names = [a.partition("=")[2] for a in argv if re.match(r"--?config=", a)]
+  if not names:
+    raise UserError("no config; give --config=configs/NAME.py, such as simclr.py")
+  overrides = [a for a in argv if not re.match(r"--?config=", a)]
+  recipe = load_recipe(names[-1])
+  config, values = ConfigDict(recipe), flags.FlagValues()
+  for each in overrides:
+    if found := re.match(r"--?(?:no)?config\.([^=]*)", each):
+      _make_room(config, found[1])
   try:
-    unknown = values(argv)[1:]
-  except (ValueError, KeyError, AttributeError, OSError, flags.Error) as error:
-    raise UserError(_of_config(error)) from error
+    config_flags.DEFINE_config_dict(
+      "config",
+      config,
+      flag_values=values,
+      sys_argv=["clj", *overrides],
+      accept_new_attributes=True,
+      lock_config=False,
+    )
+    unknown = values(["clj", *overrides])[1:]
+  except (ValueError, KeyError, AttributeError, flags.Error) as error:
+    raise UserError(one_line(error).strip('"').removeprefix("flag ")) from error
   if unknown:
     raise UserError(f"unknown argument {unknown[0]!r}; see --help")
-  if config.value is None:
-    raise UserError("no config; give --config=configs/NAME.py, such as simclr.py")
-  return config.value.to_dict(), values["config"].config_filename
+  config = values["config"].value.to_dict()
+  check_keys(config, recipe, "the config")
+  return config, names[-1]
 
 
-def _of_config(error: Exception) -> str:
-  """One line of what ml_collections says of a config."""
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
-    return f"no key {found[2]!r} in this section; did you mean {found[1]!r}?"
-  if isinstance(error, KeyError | AttributeError):
-    key = lines[0].strip("\"'")
-    return f"no key {key!r} in this section of the config; the file explains its keys"
-  if "Traceback (most recent call last):" in lines:  # of a config file, in the message
-    return lines[-1].partition(": ")[2] or lines[-1]
-  return one_line(error)
+def _make_room(config, path: str):
+  """Makes the sections that lead to a key which the recipe does not have."""
+  *sections, _ = path.split(".")
+  for section in sections:
+    if section not in config:
+      config[section] = {}
+    if not isinstance(config[section], ConfigDict):
+      return  # its value is no section; the parser says so
+    config = config[section]
+
+
+def load_recipe(name: str) -> dict:
+  """The recipe FILE.py[:VARIANT]; raises UserError where there is none."""
+  path, _, variant = name.partition(":")
+  if not os.path.isfile(path):
+    raise UserError(f"there is no config {path!r}; those of clj are in configs/")
+  return runpy.run_path(path)["get_config"](variant or None).to_dict()
 
 
 def default_workdir(config_filename: str) -> str:

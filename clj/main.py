@@ -8,6 +8,7 @@ On Cloud TPU, on GKE and under Slurm the processes of a run find each other. Els
 start one on each host with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import pprint
 import sys
 import traceback
 
@@ -22,6 +23,9 @@ def main(argv=None) -> int:
   try:
     arguments, config, filename = parse(argv)
     directory = arguments.workdir or cli.default_workdir(filename)
+    if arguments.show:
+      pprint.pprint(config, sort_dicts=False)
+      return 0
     run = processes.find(
       arguments.coordinator, arguments.num_processes, arguments.process_id
     )
@@ -49,6 +53,7 @@ def parse(argv):
   """Flags, the config and the name of its file; raises UserError."""
   parser = cli.parser("clj.main", f"{__doc__}\n{cli.CONFIG_HELP}.")
   parser.add_argument("--workdir", help="of the run; default: runs/NAME-VARIANT")
+  parser.add_argument("--show", action="store_true", help="print the recipe, and end")
   parser.add_argument("--debug", action="store_true", help="tracebacks of all errors")
   cli.add_process_flags(parser)
   arguments, rest = parser.parse_known_args(argv)

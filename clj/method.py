@@ -56,6 +56,8 @@ class Method(NamedTuple):
     compilation. Pictures are `[B, V, H, W, 3]`, texts `[B, L]` with a mask, NAME_mask.
   locked: a regular expression on names of parameters that `loss` does not train: the
     optimiser leaves them alone (no decay either) and has no state for them.
+  limits: `params -> {key: n}`: the ids of `batch[key]` must be below n, the size of the
+    table they look up. Beyond it there would be no error but a loss that is not finite.
 
   `extra` is all that is carried but not differentiated: batch statistics, teachers,
   queues, centres. What has a gradient, or is decayed, is in `params`.
@@ -67,6 +69,7 @@ class Method(NamedTuple):
   embed: Callable[[Params, Extra, Batch], dict[str, jax.Array]]
   needs: tuple[str, ...] = ("image",)
   locked: str = ""
+  limits: Callable[[Params], dict[str, int]] = lambda params: {}
 
 
 def keep(params: Params, extra: Extra, step: jax.Array) -> tuple[Params, Extra]:
@@ -119,8 +122,11 @@ def with_probe(method: Method, classes: int) -> Method:
   def embed(params, extra, batch):
     return method.embed(split(params)[1], extra, batch)
 
+  def limits(params):
+    return method.limits(split(params)[1]) | {"label": classes}
+
   needs = (*method.needs, "label")
-  return Method(init, loss, post, embed, needs, method.locked)
+  return Method(init, loss, post, embed, needs, method.locked, limits)
 
 
 def wise_ft(method: Method, share: float) -> Method:
@@ -162,7 +168,7 @@ def wise_ft(method: Method, share: float) -> Method:
     trained = {f"trained_{name}": value for name, value in trained.items()}
     return method.embed(averaged, extra, batch) | trained
 
-  return Method(init, loss, post, embed, method.needs, method.locked)
+  return method._replace(init=init, loss=loss, post=post, embed=embed)
 
 
 def average(start: Params, trained: Params, share: float) -> Params:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from clj.cli import UserError
+from clj.cli import UserError, check_keys
 
 AXES = ("data", "fsdp")
 SMALL = 4 * 2**20  # bytes; splitting less than this costs more latency than it saves
@@ -52,6 +52,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
 def of_config(section: dict, devices=None) -> Mesh:
   """The mesh of a config's section `mesh`, which may have `rules` for the state too."""
+  check_keys(section, ("data", "fsdp", "rules"), "mesh")
   return make_mesh(section["data"], section["fsdp"], devices)
 
 
@@ -211,3 +212,17 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     key: jax.make_array_from_process_local_data(sharding, rows)
     for key, rows in batch.items()
   }
+
+
+def to_all(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Arrays that every process has, whole on every device."""
+  whole = replicated(mesh)
+  return {
+    key: jax.make_array_from_callback(array.shape, whole, lambda i, a=array: a[i])
+    for key, array in arrays.items()
+  }
+
+
+def on_one_device():
+  """A context for what this process does by itself, on one device of its own."""
+  return jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))

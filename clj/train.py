@@ -9,12 +9,12 @@ same command gives the same run, however often it is killed and on any mesh.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 
@@ -22,13 +22,13 @@ from clj import augment as augmentation
 from clj import optim as optimisers
 from clj import sharding
 from clj.cli import UserError
-from clj.data import pipeline, sources, text
-from clj.evaluate import best_metric, make_evaluate, summary
+from clj.data import open_data
+from clj.evals.measure import best_metric, make_evaluate, summary
+from clj.interop.init_from import config_of, init_from
 from clj.method import Method
 from clj.methods import make_method
 from clj.runs import checkpoint, log, processes, workdir
-from clj.runs.init_from import config_of
-from clj.runs.init_from import init_from as start_from
+from clj.runs.record import Record
 
 COMPLETE, STOPPED = 0, processes.AGAIN
 
@@ -43,33 +43,25 @@ class TrainState:
   opt_state: Any
 
 
-def make_augment(data: dict) -> Callable:
-  """The augmentation that the section `data` of a config describes."""
-  return augmentation.make(
-    size=data["size"],
-    views=data["views"],
-    crop_scale=data["crop_scale"],
-    crop_ratio=data["crop_ratio"],
-    **data["augment"],
-  )
-
-
 def make_train_step(method: Method, tx, augment, schedules=None):
   """The step `(state, batch) -> (state, metrics)`: a pure function, to be jitted."""
 
+  @jax.named_scope("towers")  # what is in no other scope inside it
   def gathered_loss(params, extra, *arguments):
     return method.loss(sharding.whole(params), sharding.whole(extra), *arguments)
 
   def train_step(state: TrainState, batch):
     rng = jax.random.fold_in(state.rng, state.step)
-    batch = augment(jax.random.fold_in(rng, 0), batch)
+    with jax.named_scope("augmentation"):
+      batch = augment(jax.random.fold_in(rng, 0), batch)
     grad_fn = jax.value_and_grad(gathered_loss, has_aux=True)
     (loss, (extra, aux)), grads = grad_fn(
       state.params, state.extra, batch, jax.random.fold_in(rng, 1), state.step
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, extra = method.post(params, extra, state.step)
+    with jax.named_scope("optimiser"):
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      params, extra = method.post(params, extra, state.step)
     metrics = {"loss": loss, **aux.metrics}
     metrics |= {name: at(state.step) for name, at in (schedules or {}).items()}
     for name, tree in {"grad_norm": grads, "update_norm": updates}.items():
@@ -99,26 +91,27 @@ class Program(NamedTuple):
 
 
 def build(
-  batch, mesh, *, seed, batch_size, total_steps, method, model, data, optim, rules=()
+  batch, mesh, *, seed, batch_size, total_steps, method, model, augment, optim, rules=()
 ):
   """Sections of a config -> Program.
 
   batch: shapes and dtypes of a batch as the data pipeline gives it, by key.
+  augment: the section `data.augment`.
   rules: what lies where, see `sharding.state_shardings`.
   """
-  made, augment = make_method(method, model, total_steps), make_augment(data)
-  if missing := [key for key in made.needs if key not in batch]:
-    raise UserError(
-      f"method {method['name']!r} needs {', '.join(missing)} in its batches; "
-      f"{data['source']!r} gives {', '.join(batch)}"
-    )
+  made, views_of = make_method(method, model, total_steps), augmentation.make(augment)
   frozen = "|".join(filter(None, (made.locked, optim.get("frozen", ""))))
   tx, schedules = optimisers.make(
     total_steps=total_steps, batch_size=batch_size, **optim | {"frozen": frozen}
   )
   # Abstract: the mesh may be of a topology that is not here (`clj.plan`).
   key = jax.eval_shape(lambda: jax.random.key(seed))
-  views = jax.eval_shape(augment, key, batch)
+  views = jax.eval_shape(views_of, key, batch)
+  if missing := [key for key in made.needs if key not in views]:
+    raise UserError(
+      f"method {method['name']!r} needs {', '.join(missing)} in its batches; they have "
+      f"{', '.join(views)}: name it in data.columns or data.augment"
+    )
 
   def init(key):
     rng, init_rng = jax.random.split(key)
@@ -130,7 +123,7 @@ def build(
   shardings = sharding.state_shardings(state, mesh, rules)
   struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   step = jax.jit(
-    make_train_step(made, tx, augment, schedules),
+    make_train_step(made, tx, views_of, schedules),
     donate_argnums=0,
     # Without them leaves drift to shardings of the compiler's choice, and step 2
     # compiles again.
@@ -138,7 +131,7 @@ def build(
     compiler_options=sharding.compiler_options(mesh),
   )
   init = jax.jit(init, out_shardings=shardings)
-  return Program(made, augment, init, step, jax.tree.map(struct, state, shardings))
+  return Program(made, views_of, init, step, jax.tree.map(struct, state, shardings))
 
 
 def train(
@@ -165,215 +158,29 @@ def train(
   The keyword arguments are the keys of a config; `configs/simclr.py` explains them.
   Where `init_from` names a config, that one is trained first, in `directory`/first.
   Returns the exit code: 0 complete, 75 stopped by SIGTERM with everything saved. What
-  the user must mend is raised as ValueError, data.DataError, CheckpointError or
-  FloatingPointError, in one line that says the way out.
+  the user must mend is raised as UserError or FloatingPointError, in one line that says
+  the way out.
   """
   config = {k: v for k, v in locals().items() if k != "directory"}
-  for key in ("batch_size", "total_steps", "log_every"):
-    if config[key] < 1:
-      raise UserError(f"{key} is {config[key]}; it must be at least 1")
-  grid = sharding.of_config(mesh)
-  sharding.check_batch_size(batch_size, grid)
-  workdir.check_config(directory, config)
-  checkpoints = checkpoint.Checkpoints(
-    directory,
-    best=best_metric(evals),
-    committed=lambda step: writer.say(f"step {step}: saved"),
-  )
-  evaluated = not evals or log.evaluated(directory, total_steps)
-  finished = evaluated and checkpoints.steps()[-1:] == [total_steps]
-  if processes.from_first(finished) and not checkpoints.agreed_fault(total_steps):
+  grid = _check(directory, config)
+  checkpoints = checkpoint.Checkpoints(directory, best=best_metric(evals))
+  if _is_complete(directory, config, checkpoints):
     print(f"{directory}: complete, all {total_steps} steps are done")
     print(summary(directory))
     return COMPLETE
-  profile_from, profile_to = _profile_steps(profile)
   if (first := config_of(init_from)) and not processes.from_first(checkpoints.steps()):
     print(f"{init_from} comes first, in {directory}/first", flush=True)
-    init_from = str(epath.Path(directory) / "first")
-    if (code := train(init_from, **first | {"mesh": mesh})) != COMPLETE:
+    config["init_from"] = str(epath.Path(directory) / "first")
+    if (code := train(config["init_from"], **first | {"mesh": mesh})) != COMPLETE:
       return code
-
-  source = sources.open_config(data, "train_split")
-  if section := data.get("text"):
-    captions = lambda: sources.captions_of(source)
-    started = processes.from_first(bool(checkpoints.steps()))
-    tokenizer = text.of_run(directory, section, captions, started=started)
-    source = sources.tokenized(source, tokenizer)
-    print(text.describe(tokenizer, source.truncated), flush=True)
-  classes = len(source.class_names or ())
-  if 0 < method.get("probe_classes", 0) < classes:
-    raise UserError(
-      f"method.probe_classes is {method['probe_classes']}, but {data['source']!r} has "
-      f"{classes} classes; set it to that, or to 0"
-    )
-  read = lambda step, rows: contextlib.closing(
-    pipeline.batches(
-      source,
-      seed=seed,
-      batch_size=batch_size,
-      step=step,
-      rows=rows,
-      size=data["size"],
-      views=data["views"],
-      scale=data["crop_scale"],
-      ratio=data["crop_ratio"],
-      threads=data["threads"] or None,
-    )
-  )
-  with read(0, (0, 1)) as one_row:
-    shapes = {
-      key: jax.ShapeDtypeStruct(
-        (batch_size, *rows.shape[1:]),
-        rows.dtype,
-        sharding=sharding.batch_sharding(grid),
-      )
-      for key, rows in next(one_row).items()
-    }
-
   with jax.set_mesh(grid), processes.listening() as stopping:
-    program = build(
-      shapes,
-      grid,
-      seed=seed,
-      batch_size=batch_size,
-      total_steps=total_steps,
-      method=method,
-      model=model,
-      data=data,
-      optim=optim,
-      rules=mesh.get("rules", ()),
-    )
-    if source.tokenizer is not None:
-      _check_vocabulary(source.tokenizer, program.state.params)
-    evaluate = make_evaluate(
-      program.method.embed,
-      program.augment,
-      source,
-      data=data,
-      evals=evals,
-      batch_size=batch_size,
-      start="before" if init_from else "untrained",
-    )
-    restored = checkpoints.restore(program.state)
-    if restored is None:
-      start, seconds = 0, 0.0
-      state = program.init(jax.random.key(seed))
-      print(log.start_tables(grid, state.params), flush=True)
-      if init_from:
-        fresh = state
-        state, report = start_from(state, init_from, init_rename)
-        print(report, flush=True)
-        _check_initial_text(init_from, source.tokenizer, fresh, state)
-    else:
-      state, clock, start = restored
-      seconds = clock["seconds"]
-      text.check_fingerprint(source.tokenizer, clock.get("tokenizer"), directory)
-      print(f"{directory}: going on from step {start} of {total_steps}", flush=True)
-    workdir.record_config(directory, config, start)
-    started = processes.from_first(log.evaluated(directory, start))
-    writer = log.Log(directory, start_step=start, total_steps=total_steps)
-    meter = log.Meter(batch_size, start, seconds)
-    scores = (start if started else -1, {})  # of the last evaluation: step, metrics
-    due = lambda step: (
-      bool(evals)
-      and (step in (0, total_steps) or (eval_every > 0 and step % eval_every == 0))
-    )
-    pending = None  # (step, metrics) on the device, not looked at yet
-
-    def settle():
-      """Writes the metrics of the last step, once the device has finished it."""
-      nonlocal pending
-      if pending is None:
-        return
-      (step, metrics), pending = pending, None
-      with meter.part("device"):
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      processes.tell("step")
-      checkpoints.check()
-      if not metrics.pop("finite"):
-        raise FloatingPointError(_not_finite(step, metrics["loss"], checkpoints))
-      now = step % log_every == 0 or step == total_steps
-      writer.progress(step, metrics["loss"], meter.rate(step), now)
-      if now:
-        line = {f"train/{name}": value for name, value in metrics.items()}
-        line["train/examples"] = step * batch_size
-        line["train/epoch"] = step * batch_size / len(source)
-        if source.tokenizer is not None:
-          line["data/truncated_captions"] = source.truncated
-        writer.write(step, line | meter.read(step))
-
-    def evaluate_now(step):
-      nonlocal scores
-      processes.tell("busy")
-      writer.say(f"step {step}: evaluating")
-      with meter.part("evaluation"):
-        found = evaluate(
-          state.params, state.extra, step, step == total_steps, writer, stopping
-        )
-      if found is not None:  # else stopped in the middle; done again after the restart
-        writer.write(step, found | meter.read_part("evaluation"))
-        writer.say(f"step {step}: evaluated")
-        scores = step, found
-
-    def save(step):
-      processes.tell("busy")
-      writer.say(f"step {step}: saving")
-      with meter.part("checkpoint"):
-        writer.sync()
-        at, found = scores
-        clock = {"seconds": meter.seconds()}
-        if source.tokenizer is not None:
-          clock["tokenizer"] = source.tokenizer.fingerprint
-        checkpoints.save(step, state, clock, found if at == step else {})
-
-    done, saved, stop_trace = start, start, None
-    try:
-      if due(start) and not started:
-        evaluate_now(start)
-      with read(start, sharding.process_rows(batch_size, grid)) as batches:
-        meter.start()
-        for step in range(start, total_steps):
-          if stopping():
-            break
-          with meter.part("host_wait"):
-            batch = sharding.to_global(next(batches), grid)
-          if step == 0:
-            _draw_views(writer, program.augment, state.rng, batch)
-          if profile_from <= step < profile_to and stop_trace is None:
-            stop_trace = log.start_trace(directory)
-          with jax.transfer_guard("disallow"), meter.part("device"):
-            state, metrics = program.step(state, batch)
-          settle()  # the step before; the device is busy with this one meanwhile
-          pending, done = (step + 1, metrics), step + 1
-          last = done == total_steps
-          if stop_trace is not None and (done == profile_to or last):
-            settle()
-            processes.tell("busy")
-            stop_trace()
-            stop_trace = None
-          # What was evaluated is saved too: it may be the best.
-          regular = checkpoint_every > 0 and done % checkpoint_every == 0
-          save_due = last or regular or due(done)
-          if due(done) or save_due:
-            settle()
-          if due(done):
-            evaluate_now(done)
-          if save_due:
-            save(done)
-            saved = done
-      if saved != done:
-        settle()
-        save(done)
-    finally:
-      if stop_trace is not None:
-        stop_trace()
-      try:
-        checkpoints.close()
-      finally:
-        writer.close()
-  if source.bad:
-    print(f"{len(source.bad)} corrupt records were replaced by the next good ones")
-  if done < total_steps or (evals and scores[0] != done):
+    run = _set_up(directory, config, grid, checkpoints, stopping)
+    with run.record:
+      complete = _loop(run, grid, stopping)
+  if run.data.train.bad:
+    print(f"{len(run.data.train.bad)} corrupt records were replaced by good ones")
+  if not complete:
+    done = run.record.done
     kept = f"saved at step {done}" if done else "before the first step"
     print(f"stopped by SIGTERM, {kept}; the same command goes on")
     return STOPPED
@@ -381,61 +188,173 @@ def train(
   return COMPLETE
 
 
-def _check_vocabulary(tokenizer, params):
-  """An id beyond the text tower's table would show as a loss that is not finite."""
-  table = params.get("text", {}).get("token")
-  if table is not None and table.shape[0] < tokenizer.vocab_size:
-    raise UserError(
-      f"model.text.vocab is {table.shape[0]}, but the tokenizer has "
-      f"{tokenizer.vocab_size} ids; set it to that, or lower data.text.vocab_size"
-    )
+class Run(NamedTuple):
+  """What the loop works with. steps: those to do. constants: keys of every batch."""
+
+  program: Program
+  state: TrainState
+  data: Any
+  batches: Callable  # step -> iterator of batches, a context
+  steps: range
+  constants: dict
+  record: Record
 
 
-def _check_initial_text(path, tokenizer, fresh, state):
-  """Refuses a table of tokens that was learned with other ids than batches have."""
-  table = lambda state: state.params.get("text", {}).get("token")
-  root = epath.Path(path)
-  root = root.parent.parent if root.parent.name == "checkpoints" else root
-  if table(state) is table(fresh) or not (root / "tokenizer").exists():
-    return
-  if not text.load(root / "tokenizer").same_ids(tokenizer):
-    raise UserError(
-      f"init_from {path}: its text tower was trained with another vocabulary; set "
-      f"data.text.tokenizer={root / 'tokenizer'}, or leave it out by init_rename"
-    )
+def _loop(run: Run, grid, stopping) -> bool:
+  """Takes the steps; returns whether the run is complete."""
+  state = run.state
+  run.record.begin(state)
+  with run.batches(run.steps.start) as batches:
+    for step in run.steps:
+      if stopping():
+        break
+      with run.record.part("host_wait"):
+        batch = sharding.to_global(next(batches), grid) | run.constants
+      run.record.trace(step)
+      with jax.transfer_guard("disallow"), run.record.part("device"):
+        state, metrics = run.program.step(state, batch)
+      run.record.step(step + 1, state, metrics)
+  return run.record.end(state)
 
 
-def _not_finite(step: int, loss: float, checkpoints) -> str:
-  checkpoints.wait()
-  good = checkpoints.steps()
-  kept = f"the checkpoint of step {good[-1]} is good; " if good else ""
-  return (
-    f"loss {loss} or a parameter is not finite at step {step}; {kept}"
-    "lower optim.learning_rate or lengthen the warm-up, in another --workdir"
+# Setting up.
+
+
+def _check(directory, config):
+  """The mesh; raises UserError for a config that cannot be, or not in `directory`."""
+  for key in ("batch_size", "total_steps", "log_every"):
+    if config[key] < 1:
+      raise UserError(f"{key} is {config[key]}; it must be at least 1")
+  grid = sharding.of_config(config["mesh"])
+  sharding.check_batch_size(config["batch_size"], grid)
+  workdir.check_config(directory, config)
+  return grid
+
+
+def _is_complete(directory, config, checkpoints) -> bool:
+  steps, evals = config["total_steps"], config["evals"]
+  evaluated = not evals or log.evaluated(directory, steps)
+  finished = evaluated and checkpoints.steps()[-1:] == [steps]
+  return processes.from_first(finished) and not checkpoints.agreed_fault(steps)
+
+
+def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
+  """Opens the data, builds the program and restores or starts its state."""
+  batch_size, seed = config["batch_size"], config["seed"]
+  started = processes.from_first(bool(checkpoints.steps()))
+  data = open_data(config["data"], workdir=directory, started=started)
+  if data.facts:
+    print(data.facts, flush=True)
+  mesh_rows = sharding.process_rows(batch_size, grid)
+  batches = lambda step, rows=mesh_rows: contextlib.closing(
+    data.batches(seed=seed, batch_size=batch_size, step=step, rows=rows)
   )
+  program = build(
+    batch_shapes(data, batch_size, grid),
+    grid,
+    augment=config["data"].get("augment", {}),
+    rules=config["mesh"].get("rules", ()),
+    **{k: config[k] for k in ("seed", "batch_size", "total_steps")},
+    **{k: config[k] for k in ("method", "model", "optim")},
+  )
+  _check_limits(program, data.limits)
+  evaluate = make_evaluate(
+    program.method.embed,
+    program.augment,
+    data,
+    evals=config["evals"],
+    batch_size=batch_size,
+    start="before" if config["init_from"] else "untrained",
+    shapes=(program.state.params, program.state.extra),
+  )
+  state, start, seconds = _first_state(
+    directory, config, grid, program, checkpoints, data
+  )
+  writer = log.Log(directory, start_step=start, total_steps=config["total_steps"])
+  checkpoints.committed = lambda step: writer.say(f"step {step}: saved")
+  if start == 0 and jax.process_index() == 0:
+    _draw_views(writer, program.augment, state.rng, batches)
+  record = Record(
+    directory,
+    config,
+    writer=writer,
+    meter=log.Meter(batch_size, start, seconds),
+    checkpoints=checkpoints,
+    evaluate=functools.partial(evaluate, writer=writer, stopping=stopping),
+    about=lambda step: {
+      "train/examples": step * batch_size,
+      "train/epoch": step * batch_size / len(data.train),
+      **data.metrics,
+    },
+    clock={"columns": data.saved},
+    start=start,
+    evaluated=processes.from_first(log.evaluated(directory, start)),
+  )
+  constants = sharding.to_all(data.constants, grid)
+  steps = range(start, config["total_steps"])
+  return Run(program, state, data, batches, steps, constants, record)
 
 
-def _profile_steps(profile: str) -> tuple[int, int]:
-  """ "10:15" -> (10, 15), "" -> (-1, -1): the steps that are traced."""
-  if not profile:
-    return -1, -1
-  try:
-    first, last = map(int, profile.split(":"))
-    if not 0 <= first < last:
-      raise ValueError
-  except ValueError:
-    raise UserError(
-      f"profile is {profile!r}; it must be FIRST:LAST, such as 10:15"
-    ) from None
-  return first, last
+def batch_shapes(data, batch_size: int, grid) -> dict:
+  """Shapes of a training batch with their shardings, by key."""
+  split, whole = sharding.batch_sharding(grid), sharding.replicated(grid)
+  rows = {
+    key: jax.ShapeDtypeStruct((batch_size, *row.shape), row.dtype, sharding=split)
+    for key, row in data.spec.items()
+  }
+  return rows | {
+    key: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole)
+    for key, array in data.constants.items()
+  }
 
 
-def _draw_views(writer, augment, rng, batch):
-  """Puts the first step's augmented views on TensorBoard, a row for each example."""
-  if "image" not in batch:
-    return
-  rng = jax.random.fold_in(jax.random.fold_in(rng, 0), 0)
-  views = jax.jit(augment)(rng, batch)["image"]
-  mine = np.concatenate([np.asarray(s.data) for s in views.addressable_shards[:8]])
-  picture = log.grid((mine[:8] * 255).round().astype(np.uint8))
-  writer.picture("augmented", picture, 0)
+def _first_state(directory, config, grid, program, checkpoints, data):
+  """What training goes on or starts from: state, finished steps, seconds trained."""
+  restored = checkpoints.restore(program.state)
+  if restored is not None:
+    state, clock, start = restored
+    _check_columns(data.saved, clock.get("columns", {}), directory)
+    print(f"{directory}: going on from step {start} of {config['total_steps']}")
+    workdir.record_config(directory, config, start)
+    return state, start, clock["seconds"]
+  state = program.init(jax.random.key(config["seed"]))
+  print(log.start_tables(grid, state.params), flush=True)
+  if config["init_from"]:
+    params, extra, report = init_from(
+      state.params, state.extra, config["init_from"], config["init_rename"], data.saved
+    )
+    state = dataclasses.replace(state, params=params, extra=extra)
+    print(report, flush=True)
+  workdir.record_config(directory, config, 0)
+  return state, 0, 0.0
+
+
+def _check_columns(now: dict, saved: dict, directory):
+  """Refuses data whose values mean something else than to the checkpoint."""
+  for name in now.keys() | saved.keys():
+    if now.get(name) != saved.get(name):
+      raise UserError(
+        f"{directory}: column {name!r} is not what the checkpoint was trained with "
+        f"({saved.get(name)} there, {now.get(name)} now); its values would mean "
+        "something else: put the data, or the directory tokenizer, back"
+      )
+
+
+def _check_limits(program, limits):
+  """An id beyond a table of the model would show as a loss that is not finite."""
+  for key, rows in program.method.limits(program.state.params).items():
+    if rows < limits.get(key, 0):
+      raise UserError(
+        f"the data has {limits[key]} different values of {key!r}, but the model takes "
+        f"{rows}: change the model's number (vocab, classes), or the column's"
+      )
+
+
+def _draw_views(writer, augment, rng, batches):
+  """Puts the first step's views of eight examples on TensorBoard, a row for each."""
+  with batches(0, (0, 8)) as few, sharding.on_one_device():
+    rng = jax.random.wrap_key_data(jax.device_get(jax.random.key_data(rng)))
+    rng = jax.random.fold_in(jax.random.fold_in(rng, 0), 0)
+    views = jax.jit(augment)(rng, next(few))
+  for key, picture in log.grids(views).items():
+    writer.picture(f"augmented/{key}", picture, 0)

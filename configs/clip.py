@@ -1,4 +1,4 @@
-"""CLIP, arXiv:2103.00020: every recipe whole, a function each.
+"""CLIP, arXiv:2103.00020.
 
     python -m clj.main --config=configs/clip.py             # demo, about 3 minutes
     python -m clj.main --config=configs/clip.py:VARIANT [--config.key=value ...]
@@ -11,13 +11,15 @@ rn50_cc12m         CC12M                   36.45 (open_clip)
 vit_b32_laion400m  LAION-400M              62.96 (open_clip), 128 A100, 36 hours
 vit_b16_datacomp   DataComp-1B             73.5 (DataComp)
 vit_l14            LAION-400M              72.77 (open_clip), 400 A100, 127 hours
+pairs              your own pairs          from scratch, on one accelerator
 finetune           your own pairs          weights of open_clip or Hugging Face, WiSE-FT
 
-What we measured ourselves is in the README's table. The keys are explained in `demo`,
-those that have to do with training from data of one's own in `finetune`.
+`--show` prints a recipe whole. What we measured ourselves is in the README's table. The
+keys of the method are explained in `demo`, those of data of one's own in `pairs`, those
+that every recipe has in `clj/recipe.py`.
 """
 
-from ml_collections import ConfigDict
+from clj.recipe import choose, differ, only
 
 CC12M, LAION_400M = 10_968_539, 400_000_000  # pairs
 # Pixels as OpenAI's models expect them.
@@ -30,19 +32,18 @@ NO_DECAY = r"(^|/)(bias|scale|gamma|log_scale|cls)$"
 
 
 def get_config(variant=None):
-  variants = {
-    "demo": demo,
-    "smoke": smoke,
-    "products": products,
-    "rn50_cc12m": rn50_cc12m,
-    "vit_b32_laion400m": vit_b32_laion400m,
-    "vit_b16_datacomp": vit_b16_datacomp,
-    "vit_l14": vit_l14,
-    "finetune": finetune,
-  }
-  if (variant or "demo") not in variants:
-    raise ValueError(f"no variant {variant!r}; there are: {', '.join(variants)}")
-  return ConfigDict(variants[variant or "demo"]()).lock()
+  return choose(
+    variant,
+    demo,
+    smoke,
+    products,
+    rn50_cc12m,
+    vit_b32_laion400m,
+    vit_b16_datacomp,
+    vit_l14,
+    pairs,
+    finetune,
+  )
 
 
 def demo():
@@ -52,15 +53,10 @@ def demo():
   and the test pictures show those alone.
   """
   return {
-    "seed": 0,
-    "batch_size": 128,  # the global batch
+    "batch_size": 128,
     "total_steps": 900,
     "log_every": 20,
-    "eval_every": 0,  # 0: before and after training only
-    "checkpoint_every": 200,  # 0: at the end only
-    "init_from": "",  # a workdir, WORKDIR/checkpoints/STEP, or a .safetensors file
-    "init_rename": (),  # ordered pairs (regex, replacement) on the names found there
-    "profile": "",  # "10:15" traces these steps for TensorBoard
+    "checkpoint_every": 200,
     "method": {
       "name": "clip",
       "width": 64,  # of the joint space
@@ -83,19 +79,30 @@ def demo():
     },
     "data": {
       "source": "shapes/compositions",
-      "train_split": "train",
-      "test_split": "test",
-      "data_dir": "",  # of TFDS; "": TFDS_DATA_DIR, else TFDS's default
-      "threads": 0,  # that decode pictures; 0: one a core
-      # A vocabulary that is learned from the captions ("words", "bpe"), or a file.
-      "text": {"tokenizer": "words", "length": 16},
-      "size": 32,  # side of the views, pixels
-      "eval_crop": 1.0,  # share of the shorter side kept in evaluation; 0: squashed
-      "views": 1,
-      "crop_scale": (0.9, 1.0),  # share of the picture's area
-      "crop_ratio": (3 / 4, 4 / 3),  # width over height
-      # No flip: the captions say left and right.
-      "augment": {"flip": 0.0, "grayscale": 0.0},
+      "columns": {
+        # eval_crop: share of the shorter side kept in evaluation; 0: squashed
+        "image": {"kind": "image", "eval_crop": 1.0},
+        # A vocabulary that is learned from the captions ("words", "bpe"), or a file.
+        "text": {
+          "kind": "text",
+          "field": "caption",
+          "tokenizer": "words",
+          "length": 16,
+        },
+        "label": {"kind": "label"},
+      },
+      "augment": {
+        "image": {
+          "name": "views",
+          "size": 32,  # side, pixels
+          "views": 1,
+          "crop_scale": (0.9, 1.0),  # share of the picture's area
+          "crop_ratio": (3 / 4, 4 / 3),  # width over height
+          # No flip: the captions say left and right.
+          "flip": 0.0,
+          "grayscale": 0.0,
+        },
+      },
     },
     "optim": {
       "name": "adamw",
@@ -106,7 +113,6 @@ def demo():
       # A learning rate of its own for a tower: (("^text/", {"multiplier": 0.5}),)
       "groups": (),
     },
-    "mesh": {"data": -1, "fsdp": 1},  # sizes of the mesh's axes; -1: what remains
     "evals": {
       "zeroshot": {"templates": ("a {}", "{}")},
       "retrieval": {},
@@ -114,7 +120,7 @@ def demo():
       "zeroshot_seen": {
         "name": "zeroshot",
         "templates": ("a {}", "{}"),
-        "data": {"test_split": "seen"},
+        "data": {"source": "shapes/compositions", "test_split": "seen"},
       },
       # The image tower alone, on the nine shapes in any colour.
       "linear_probe": {"final_only": True, "data": {"source": "shapes"}},
@@ -125,55 +131,34 @@ def demo():
 
 def smoke():
   """The real path at test size: two steps on a few rendered shapes."""
-  return {
-    "seed": 0,
-    "batch_size": 16,
-    "total_steps": 2,
-    "log_every": 1,
-    "eval_every": 0,
-    "checkpoint_every": 0,
-    "init_from": "",
-    "init_rename": (),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 16,
-      "image_head": "linear",
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 1 / 0.07,
-      "max_scale": 100.0,
-      "mask_duplicates": True,
-      "locked": "",
-      "micro_batch": 0,
-      "probe_classes": 0,
+  return differ(
+    demo(),
+    {
+      "batch_size": 16,
+      "total_steps": 2,
+      "log_every": 1,
+      "checkpoint_every": 0,
+      "method": {"width": 16},
+      "model": {
+        "image": {"name": "resnet_test", "dtype": "float32"},
+        "text": {"name": "text_test", "vocab": 64},
+      },
+      "data": {"train_split": "train[:512]", "test_split": "test[:256]"},
+      "optim": only(name="adamw", learning_rate=1e-3, warmup_fraction=0.05),
+      "evals": only(
+        zeroshot={"templates": ("a {}",)},
+        retrieval={},
+        knn={
+          "k": 20,
+          "data": {
+            "source": "shapes",
+            "train_split": "train[:512]",
+            "test_split": "test[:256]",
+          },
+        },
+      ),
     },
-    "model": {
-      "image": {"name": "resnet_test", "dtype": "float32"},
-      "text": {"name": "text_test", "vocab": 64},
-    },
-    "data": {
-      "source": "shapes/compositions",
-      "train_split": "train[:512]",
-      "test_split": "test[:256]",
-      "data_dir": "",
-      "threads": 0,
-      "text": {"tokenizer": "words", "length": 16},
-      "size": 32,
-      "eval_crop": 1.0,
-      "views": 1,
-      "crop_scale": (0.9, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {"flip": 0.0, "grayscale": 0.0},
-    },
-    "optim": {"name": "adamw", "learning_rate": 1e-3, "warmup_fraction": 0.05},
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      "zeroshot": {"templates": ("a {}",)},
-      "retrieval": {},
-      "knn": {"k": 20, "temperature": 0.1, "data": {"source": "shapes"}},
-    },
-  }
+  )
 
 
 def products():
@@ -184,166 +169,64 @@ def products():
   3,065 of the titles are different. The test has 1,000 pairs; the most frequent of
   its kinds of article is 17.7 % of them.
   """
-  return {
-    "seed": 0,
-    "batch_size": 256,
-    "total_steps": 1500,
-    "log_every": 20,
-    "eval_every": 500,
-    "checkpoint_every": 250,
-    "init_from": "",
-    "init_rename": (),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 64,
-      "image_head": "linear",
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 1 / 0.07,
-      "max_scale": 30.0,
-      "mask_duplicates": True,
-      "locked": "",
-      "micro_batch": 0,
-      "probe_classes": 0,
-    },
-    "model": {
-      "image": {
-        "name": "resnet_small",
-        "widths": (48, 96, 192),
-        "stem": "patch4",
+  return differ(
+    demo(),
+    {
+      "batch_size": 256,
+      "total_steps": 1500,
+      "eval_every": 500,
+      "checkpoint_every": 250,
+      "method": {"max_scale": 30.0},
+      "model": {
+        "image": {"widths": (48, 96, 192), "stem": "patch4"},
+        # With a layer of attention titles are learned by heart: 18 and 25 points of
+        # R@10 after 150 steps, where the mean of the words has 43 and 48. Words are
+        # hidden at random, so that a class's name alone is no stranger.
+        "text": {"vocab": 1024, "token_dropout": 0.3},
       },
-      # With a layer of attention titles are learned by heart: 18 and 25 points of
-      # R@10 after 150 steps, where the mean of the words has 43 and 48. Words are
-      # hidden at random, so that a class's name alone is no stranger.
-      "text": {
-        "name": "text_small",
-        "vocab": 1024,
-        "depth": 0,
-        "token_dropout": 0.3,
-      },
-    },
-    "data": {
-      "source": "fashion_product_pairs",
-      "train_split": "train",
-      "test_split": "test",
-      "data_dir": "",
-      "threads": 0,
-      "text": {"tokenizer": "words", "length": 16, "vocab_size": 1024},
-      "fields": {"label": "article_type"},
-      "memory_size": 72,  # decoded once, to squares of this side
-      "size": 64,
-      "eval_crop": 0.875,
-      "views": 1,
-      "crop_scale": (0.35, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {
-        "flip": 0.5,
-        "grayscale": 0.0,
-        # Titles name colours: little hue.
-        "jitter": {
-          "strength": 1.0,
-          "probability": 0.8,
-          "amounts": (0.3, 0.3, 0.2, 0.02),
+      "data": {
+        "source": "fashion_product_pairs",
+        "columns": {
+          # memory_size: decoded once, to squares of this side
+          "image": {"eval_crop": 0.875, "memory_size": 72},
+          "text": {"vocab_size": 1024},
+          "label": {"field": "article_type"},
+        },
+        "augment": {
+          "image": {
+            "size": 64,
+            "crop_scale": (0.35, 1.0),
+            "flip": 0.5,
+            # Titles name colours: little hue.
+            "jitter": {
+              "strength": 1.0,
+              "probability": 0.8,
+              "amounts": (0.3, 0.3, 0.2, 0.02),
+            },
+          },
         },
       },
+      "optim": {"learning_rate": 2e-3, "weight_decay": 0.5},
+      "evals": only(
+        # Prompts as the titles are; "{}" alone leaves out whom it is for, its colour.
+        zeroshot={
+          "templates": (
+            "{}",
+            "Men {}",
+            "Women {}",
+            "Men Casual Black {}",
+            "Men Solid Blue {}",
+            "Women Black {}",
+            "Women Printed Pink {}",
+            "Unisex White {}",
+          )
+        },
+        retrieval={},
+        linear_probe={"final_only": True},
+        diagnostics={},
+      ),
     },
-    "optim": {
-      "name": "adamw",
-      "learning_rate": 2e-3,
-      "warmup_fraction": 0.05,
-      "b2": 0.98,
-      "weight_decay": 0.5,
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      # Prompts as the titles are; "{}" alone leaves out whom it is for and its colour.
-      "zeroshot": {
-        "templates": (
-          "{}",
-          "Men {}",
-          "Women {}",
-          "Men Casual Black {}",
-          "Men Solid Blue {}",
-          "Women Black {}",
-          "Women Printed Pink {}",
-          "Unisex White {}",
-        )
-      },
-      "retrieval": {},
-      "linear_probe": {"final_only": True},
-      "diagnostics": {},
-    },
-  }
-
-
-def rn50_cc12m():
-  """A ResNet-50 on the 11 million pairs of CC12M that could be fetched: 36.45.
-
-  open_clip's figure, of which it gives no more than the model; the rest is the set-up
-  of its README for one machine with eight GPUs. 30 epochs.
-  """
-  return {
-    "seed": 0,
-    "batch_size": 1024,
-    "total_steps": 30 * CC12M // 1024,
-    "log_every": 100,
-    "eval_every": 2 * CC12M // 1024,
-    "checkpoint_every": 1000,
-    "init_from": "",
-    "init_rename": (),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 1024,
-      "image_head": "none",  # attention pooling ends in the joint space
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 1 / 0.07,
-      "max_scale": 100.0,
-      "mask_duplicates": False,
-      "locked": "",
-      "micro_batch": 0,
-      "probe_classes": 0,
-    },
-    "model": {
-      "image": {"name": "clip_rn50", "dtype": "bfloat16", **OPENAI},
-      "text": {"name": "clip_rn50", "vocab": 49408, "dtype": "bfloat16"},
-    },
-    "data": {
-      "source": "cc12m",  # as `python -m clj.data.ingest` prepares the downloaded tars
-      "train_split": "train[:-5000]",
-      "test_split": "train[-5000:]",
-      "data_dir": "",
-      "threads": 0,
-      "text": {"tokenizer": "bpe_simple_vocab_16e6.txt.gz", "length": 77},
-      "size": 224,
-      "eval_crop": 1.0,
-      "views": 1,
-      "crop_scale": (0.9, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {"flip": 0.0, "grayscale": 0.0},
-    },
-    "optim": {
-      "name": "adamw",
-      "learning_rate": 1e-3,
-      "warmup_steps": 10_000,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
-      "weight_decay": 0.1,
-      "no_decay": NO_DECAY,
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      # On ImageNet, whose readable names you have to bring: the data set has ids.
-      "zeroshot": {
-        "classnames": "imagenet_classnames.txt",
-        "data": {"source": "imagenet2012", "test_split": "validation"},
-      },
-      "retrieval": {},
-    },
-  }
+  )
 
 
 def vit_b32_laion400m():
@@ -352,71 +235,90 @@ def vit_b32_laion400m():
   The paper's optimiser (section 2.5, table 18 to 20), with open_clip's crops. It took
   128 A100 (40 GB) 36 hours there.
   """
-  return {
-    "seed": 0,
-    "batch_size": 32_768,
-    "total_steps": 32 * LAION_400M // 32_768,
-    "log_every": 50,
-    "eval_every": LAION_400M // 32_768,
-    "checkpoint_every": 1000,
-    "init_from": "",
-    "init_rename": (),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 512,
-      "image_head": "linear",
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 1 / 0.07,
-      "max_scale": 100.0,
-      "mask_duplicates": False,
-      "locked": "",
-      "micro_batch": 0,  # on few devices 4096, say: the same gradient, a third slower
-      "probe_classes": 0,
+  return differ(
+    demo(),
+    {
+      "batch_size": 32_768,
+      "total_steps": 32 * LAION_400M // 32_768,
+      "log_every": 50,
+      "eval_every": LAION_400M // 32_768,
+      "checkpoint_every": 1000,
+      # On few devices a `micro_batch` of 4096, say: the same gradient, a third slower.
+      "method": {"width": 512, "mask_duplicates": False},
+      "model": {
+        "image": {
+          "name": "clip_vit_b32",
+          "dtype": "bfloat16",
+          "scan": True,
+          **OPENAI,
+        },
+        "text": {
+          "name": "clip_vit_b32",
+          "vocab": 49408,
+          "dtype": "bfloat16",
+          "scan": True,
+        },
+      },
+      "data": {
+        "source": "laion400m",  # as `python -m clj.data.ingest` prepares the tars
+        "train_split": "train[:-5000]",
+        "test_split": "train[-5000:]",
+        "columns": {
+          "text": {"tokenizer": "bpe_simple_vocab_16e6.txt.gz", "length": 77},
+        },
+        "augment": {"image": {"size": 224}},
+      },
+      "optim": only(
+        name="adamw",
+        learning_rate=5e-4,
+        warmup_steps=2000,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-6,
+        weight_decay=0.2,
+        no_decay=NO_DECAY,
+      ),
+      "evals": only(
+        # On ImageNet, whose readable names you have to bring: the data set has ids.
+        zeroshot={
+          "classnames": "imagenet_classnames.txt",
+          "data": {"source": "imagenet2012", "test_split": "validation"},
+        },
+        retrieval={},
+      ),
     },
-    "model": {
-      "image": {"name": "clip_vit_b32", "dtype": "bfloat16", "scan": True, **OPENAI},
-      "text": {
-        "name": "clip_vit_b32",
-        "vocab": 49408,
-        "dtype": "bfloat16",
-        "scan": True,
+  )
+
+
+def rn50_cc12m():
+  """A ResNet-50 on the 11 million pairs of CC12M that could be fetched: 36.45.
+
+  open_clip's figure, of which it gives no more than the model; the rest is the set-up
+  of its README for one machine with eight GPUs. 30 epochs.
+  """
+  return differ(
+    vit_b32_laion400m(),
+    {
+      "batch_size": 1024,
+      "total_steps": 30 * CC12M // 1024,
+      "log_every": 100,
+      "eval_every": 2 * CC12M // 1024,
+      # Attention pooling ends in the joint space.
+      "method": {"width": 1024, "image_head": "none"},
+      "model": {
+        "image": {"name": "clip_rn50", "dtype": "bfloat16", **OPENAI},
+        "text": {"name": "clip_rn50", "vocab": 49408, "dtype": "bfloat16"},
+      },
+      "data": {"source": "cc12m"},
+      "optim": {
+        "learning_rate": 1e-3,
+        "warmup_steps": 10_000,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
       },
     },
-    "data": {
-      "source": "laion400m",
-      "train_split": "train[:-5000]",
-      "test_split": "train[-5000:]",
-      "data_dir": "",
-      "threads": 0,
-      "text": {"tokenizer": "bpe_simple_vocab_16e6.txt.gz", "length": 77},
-      "size": 224,
-      "eval_crop": 1.0,
-      "views": 1,
-      "crop_scale": (0.9, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {"flip": 0.0, "grayscale": 0.0},
-    },
-    "optim": {
-      "name": "adamw",
-      "learning_rate": 5e-4,
-      "warmup_steps": 2000,
-      "b1": 0.9,
-      "b2": 0.98,
-      "eps": 1e-6,
-      "weight_decay": 0.2,
-      "no_decay": NO_DECAY,
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      "zeroshot": {
-        "classnames": "imagenet_classnames.txt",
-        "data": {"source": "imagenet2012", "test_split": "validation"},
-      },
-      "retrieval": {},
-    },
-  }
+  )
 
 
 def vit_b16_datacomp():
@@ -424,80 +326,24 @@ def vit_b16_datacomp():
 
   Gadre et al., 2023, arXiv:2304.14108, the settings of its "xlarge" scale.
   """
-  return {
-    "seed": 0,
-    "batch_size": 90_112,
-    "total_steps": 12_800_000_000 // 90_112,
-    "log_every": 50,
-    "eval_every": 5000,
-    "checkpoint_every": 1000,
-    "init_from": "",
-    "init_rename": (),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 512,
-      "image_head": "linear",
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 1 / 0.07,
-      "max_scale": 100.0,
-      "mask_duplicates": False,
-      "locked": "",
-      "micro_batch": 0,
-      "probe_classes": 0,
-    },
-    "model": {
-      "image": {
-        "name": "clip_vit_b16",
-        "activation": "gelu",
-        "dtype": "bfloat16",
-        "scan": True,
-        "remat": True,
-        **OPENAI,
-      },
-      "text": {
-        "name": "clip_vit_b16",
-        "vocab": 49408,
-        "activation": "gelu",
-        "dtype": "bfloat16",
-        "scan": True,
-        "remat": True,
-      },
-    },
-    "data": {
-      "source": "datacomp_1b",
-      "train_split": "train[:-5000]",
-      "test_split": "train[-5000:]",
-      "data_dir": "",
-      "threads": 0,
-      "text": {"tokenizer": "bpe_simple_vocab_16e6.txt.gz", "length": 77},
-      "size": 224,
-      "eval_crop": 1.0,
-      "views": 1,
-      "crop_scale": (0.9, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {"flip": 0.0, "grayscale": 0.0},
-    },
-    "optim": {
-      "name": "adamw",
-      "learning_rate": 1e-3,
-      "warmup_steps": 10_000,
-      "b1": 0.9,
-      "b2": 0.95,
-      "eps": 1e-6,
-      "weight_decay": 0.2,
-      "no_decay": NO_DECAY,
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      "zeroshot": {
-        "classnames": "imagenet_classnames.txt",
-        "data": {"source": "imagenet2012", "test_split": "validation"},
-      },
-      "retrieval": {},
-    },
+  tower = {
+    "name": "clip_vit_b16",
+    "activation": "gelu",
+    "dtype": "bfloat16",
+    "scan": True,
+    "remat": True,
   }
+  return differ(
+    vit_b32_laion400m(),
+    {
+      "batch_size": 90_112,
+      "total_steps": 12_800_000_000 // 90_112,
+      "eval_every": 5000,
+      "model": {"image": tower | OPENAI, "text": tower | {"vocab": 49408}},
+      "data": {"source": "datacomp_1b"},
+      "optim": {"learning_rate": 1e-3, "warmup_steps": 10_000, "b2": 0.95},
+    },
+  )
 
 
 def vit_l14():
@@ -506,80 +352,72 @@ def vit_l14():
   It took 400 A100 (40 GB) 127 hours with open_clip, with recomputed activations. The
   learning rate is the paper's for this size (table 20).
   """
-  return {
-    "seed": 0,
-    "batch_size": 38_400,
-    "total_steps": 32 * LAION_400M // 38_400,
-    "log_every": 50,
-    "eval_every": LAION_400M // 38_400,
-    "checkpoint_every": 1000,
-    "init_from": "",
-    "init_rename": (),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 768,
-      "image_head": "linear",
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 1 / 0.07,
-      "max_scale": 100.0,
-      "mask_duplicates": False,
-      "locked": "",
-      "micro_batch": 0,
-      "probe_classes": 0,
-    },
-    "model": {
-      "image": {
-        "name": "clip_vit_l14",
-        "activation": "gelu",
-        "dtype": "bfloat16",
-        "scan": True,
-        "remat": True,
-        **OPENAI,
-      },
-      "text": {
-        "name": "clip_vit_l14",
-        "vocab": 49408,
-        "activation": "gelu",
-        "dtype": "bfloat16",
-        "scan": True,
-        "remat": True,
-      },
-    },
-    "data": {
-      "source": "laion400m",
-      "train_split": "train[:-5000]",
-      "test_split": "train[-5000:]",
-      "data_dir": "",
-      "threads": 0,
-      "text": {"tokenizer": "bpe_simple_vocab_16e6.txt.gz", "length": 77},
-      "size": 224,
-      "eval_crop": 1.0,
-      "views": 1,
-      "crop_scale": (0.9, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {"flip": 0.0, "grayscale": 0.0},
-    },
-    "optim": {
-      "name": "adamw",
-      "learning_rate": 4e-4,
-      "warmup_steps": 2000,
-      "b1": 0.9,
-      "b2": 0.98,
-      "eps": 1e-6,
-      "weight_decay": 0.2,
-      "no_decay": NO_DECAY,
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      "zeroshot": {
-        "classnames": "imagenet_classnames.txt",
-        "data": {"source": "imagenet2012", "test_split": "validation"},
-      },
-      "retrieval": {},
-    },
+  tower = {
+    "name": "clip_vit_l14",
+    "activation": "gelu",
+    "dtype": "bfloat16",
+    "scan": True,
+    "remat": True,
   }
+  return differ(
+    vit_b32_laion400m(),
+    {
+      "batch_size": 38_400,
+      "total_steps": 32 * LAION_400M // 38_400,
+      "eval_every": LAION_400M // 38_400,
+      "method": {"width": 768},
+      "model": {"image": tower | OPENAI, "text": tower | {"vocab": 49408}},
+      "optim": {"learning_rate": 4e-4},
+    },
+  )
+
+
+def pairs():
+  """Your own pairs of pictures and captions, from scratch, at a batch of one device.
+
+    python -m clj.main --config=configs/clip.py:pairs --config.data.source=SOURCE
+
+  SOURCE: folder:/path with NAME.txt beside NAME.jpg, csv:/path/table.csv,
+  parquet:/path/*.parquet, webdataset:/path/*.tar, hf://datasets/OWNER/NAME/*.parquet,
+  or a TFDS name. The vocabulary is learned from the captions. Classes, where there
+  are any, make zero-shot classification possible: add `evals.zeroshot`.
+  """
+  return differ(
+    vit_b32_laion400m(),
+    {
+      "batch_size": 512,
+      "total_steps": 20_000,
+      "log_every": 20,
+      "eval_every": 2000,
+      "method": {"mask_duplicates": True},
+      "model": {
+        "image": {"name": "resnet50", "dtype": "bfloat16"},
+        "text": {
+          "name": "clip_vit_b32",
+          "vocab": 16_384,
+          "depth": 6,
+          "dtype": "bfloat16",
+        },
+      },
+      "data": {
+        "source": "",  # needed
+        "train_split": "train[:95%]",  # or "train" and "test"
+        "test_split": "train[95%:]",
+        "columns": {
+          "image": {"field": "image", "eval_crop": 0.875},
+          "text": {
+            "field": "caption",
+            "tokenizer": "bpe",
+            "vocab_size": 16_384,
+            "length": 48,
+          },
+        },
+        "augment": {"image": {"crop_scale": (0.5, 1.0)}},
+      },
+      "optim": {"learning_rate": 1e-3, "warmup_steps": 1000},
+      "evals": only(retrieval={}, diagnostics={}),
+    },
+  )
 
 
 def finetune():
@@ -589,74 +427,50 @@ def finetune():
       --config.init_from=/path/to/weights.safetensors --config.data.source=YOUR_SET
 
   For a ViT-B/32 of OpenAI's or LAION's; another model is another `model` and `width`.
-  `init_rename` takes the weights twice: to train, and to stay as they were. Zero-shot
-  classification is printed "before" (as the weights came), after with the average of
-  both ("zeroshot", arXiv:2109.01903), and with the trained weights alone
-  ("zeroshot_trained").
+  `init_rename` takes the weights twice: to train, and to stay as they were. Recall is
+  printed "before" (as the weights came), after with the average of both ("retrieval",
+  arXiv:2109.01903), and with the trained weights alone ("retrieval_trained"). Where
+  the data have classes, add `evals.zeroshot` and, with the prefix "trained_", another.
   """
-  return {
-    "seed": 0,
-    "batch_size": 512,
-    "total_steps": 2000,
-    "log_every": 20,
-    "eval_every": 500,
-    "checkpoint_every": 500,
-    "init_from": "",  # needed: a .safetensors file, or a workdir
-    "init_rename": ((r"^(params/)?((?!extra/).*)", (r"params/\2", r"extra/start/\2")),),
-    "profile": "",
-    "method": {
-      "name": "clip",
-      "width": 512,
-      "image_head": "linear",
-      "text_head": "linear",
-      "loss": "softmax",
-      "init_scale": 100.0,
-      "max_scale": 100.0,
-      "mask_duplicates": True,
-      "locked": "",
-      "micro_batch": 0,
-      "wise_ft": 0.5,  # share of the trained weights; the paper's advice where unsure
-      "probe_classes": 0,
-    },
-    "model": {
-      "image": {"name": "clip_vit_b32", "dtype": "bfloat16", **OPENAI},
-      "text": {"name": "clip_vit_b32", "vocab": 49408, "dtype": "bfloat16"},
-    },
-    "data": {
-      "source": "",  # needed: what `python -m clj.data.ingest` prepared, or a TFDS name
-      "train_split": "train[:95%]",  # or "train" and "test"
-      "test_split": "train[95%:]",
-      "data_dir": "",
-      "threads": 0,
-      # Fields of the data set; zero-shot classification needs one with classes.
-      "fields": {"image": "image", "label": "label"},
-      "text": {
-        "tokenizer": "bpe_simple_vocab_16e6.txt.gz",  # from github.com/openai/CLIP
-        "length": 77,
-        "field": "caption",
+  return differ(
+    vit_b32_laion400m(),
+    {
+      "batch_size": 512,
+      "total_steps": 2000,
+      "log_every": 20,
+      "eval_every": 500,
+      "checkpoint_every": 500,
+      "init_from": "",  # needed: a .safetensors file, or a workdir
+      "init_rename": (
+        (r"^(params/)?((?!extra/).*)", (r"params/\2", r"extra/start/\2")),
+      ),
+      "method": {
+        "init_scale": 100.0,
+        "mask_duplicates": True,
+        "wise_ft": 0.5,  # share of the trained weights; the paper's advice if unsure
       },
-      "size": 224,
-      "eval_crop": 1.0,
-      "views": 1,
-      "crop_scale": (0.9, 1.0),
-      "crop_ratio": (3 / 4, 4 / 3),
-      "augment": {"flip": 0.0, "grayscale": 0.0},
+      "model": {
+        "image": only(name="clip_vit_b32", dtype="bfloat16", **OPENAI),
+        "text": only(name="clip_vit_b32", vocab=49408, dtype="bfloat16"),
+      },
+      "data": {
+        "source": "",  # needed: see `pairs`
+        "train_split": "train[:95%]",  # or "train" and "test"
+        "test_split": "train[95%:]",
+      },
+      "optim": only(
+        name="adamw",
+        learning_rate=1e-5,
+        warmup_fraction=0.1,
+        b2=0.98,
+        eps=1e-6,
+        weight_decay=0.1,
+        no_decay=NO_DECAY,
+        groups=(),  # such as (("^image/", {"multiplier": 0.1}),)
+      ),
+      "evals": only(
+        retrieval={},
+        retrieval_trained={"name": "retrieval", "prefix": "trained_"},
+      ),
     },
-    "optim": {
-      "name": "adamw",
-      "learning_rate": 1e-5,
-      "warmup_fraction": 0.1,
-      "b2": 0.98,
-      "eps": 1e-6,
-      "weight_decay": 0.1,
-      "no_decay": NO_DECAY,
-      "groups": (),  # such as (("^image/", {"multiplier": 0.1}),)
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "evals": {
-      "zeroshot": {"templates": "", "classnames": ""},
-      "zeroshot_trained": {"name": "zeroshot", "prefix": "trained_"},
-      "retrieval": {},
-      "retrieval_trained": {"name": "retrieval", "prefix": "trained_"},
-    },
-  }
+  )

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from clj import augment
-from clj.augment import crops, operations
+from clj.augment import crops, operations, policies
 from clj.cli import UserError
 
 BYOL = {
@@ -390,8 +390,10 @@ GRAM_OF = {"of": "image", "boxes_of": "image"}
   [
     ({"image": entry(jitter={"strenght": 1})}, "jitter has no option 'strenght'"),
     ({"image": entry(jitter={"brightness": "both"})}, "'multiplicative' or 'additive'"),
-    ({"image": entry(flip=1.5)}, "flip probability 1.5"),
-    ({"image": entry(grayscale=(0.1, 0.2, 0.3))}, "one for each of the 2 views"),
+    ({"image": entry(jitter={"amounts": (0.8,) * 3})}, "amounts is .*; give four num"),
+    ({"image": entry(blur={"sigma": (0, 2)})}, r"blur.sigma is \(0, 2\); give two"),
+    ({"image": entry(flip=1.5)}, "image.flip has the probability 1.5"),
+    ({"image": entry(grayscale=(0.1, 0.2, 0.3))}, "each of the 2 views"),
     ({"image": entry(order=("jitter",))}, "give each of jitter, grayscale, blur, sol"),
     ({"image": entry(fliip=0.5)}, "'fliip' in data.augment.image; did you mean 'flip'"),
     ({"image": {"name": "view", "size": 8}}, "image has the name 'view'; there are: v"),
@@ -425,3 +427,32 @@ def test_errors_name_the_value(section, message):
   batch["index"] = np.arange(2, dtype=np.int32)
   with pytest.raises(UserError, match=message):
     augment.make(section)(jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize(
+  ("section", "gray", "inverted"),
+  [
+    ({"image": policies.simclr(16)}, (0.2, 0.2), (0.0, 0.0)),
+    ({"image": policies.moco_v1(16)}, (0.2, 0.2), (0.0, 0.0)),
+    ({"image": policies.moco_v2(16)}, (0.2, 0.2), (0.0, 0.0)),
+    ({"image": policies.byol(16)}, (0.2, 0.2), (0.0, 0.2)),
+    (policies.swav(16, 8, views=3), (0.2, 0.2), (0.0, 0.0)),
+    (policies.dino(16, 8, views=3), (0.2, 0.2), (0.0, 0.2)),
+  ],
+)
+def test_policies(section, gray, inverted):
+  """How many of the views of a light blue picture have lost their colour, or light."""
+  picture = np.full((400, 16, 16, 3), (220, 220, 250), np.uint8)
+  for entry in section.values():  # which would do the same
+    entry["jitter"] = {**entry["jitter"], "strength": 0.0}
+    entry["blur"] = None
+  out = jax.jit(augment.make(section))(jax.random.key(0), {"image": picture})
+  views = np.asarray(out["image"]).mean(axis=(2, 3))
+  found = (views.max(-1) - views.min(-1) < 0.01).mean(0)
+  np.testing.assert_allclose(found, gray, atol=0.06)
+  np.testing.assert_allclose((views.max(-1) < 0.5).mean(0), inverted, atol=0.06)
+  assert out["image"].shape == (400, 2, 16, 16, 3)
+  if len(section) == 2:
+    assert out["crops"].shape == (400, 3, 8, 8, 3)
+    ranges = [one.scale for one in augment.host_crops(section, "image")]
+    assert ranges[0][0] == ranges[1][1]

@@ -13,7 +13,7 @@ import clj
 from clj import augment, evaluate, optim
 from clj.methods import make_method
 from clj.runs import log
-from clj.train import make_augment, train
+from clj.train import train
 
 CONFIGS = sorted(
   path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
@@ -44,7 +44,7 @@ def test_every_variant_is_whole_and_can_be_built(name):
     assert set(config) == KEYS, variant
     json.dumps(config)
     make_method(config["method"], config["model"], config["total_steps"])
-    make_augment(config["data"])
+    augment.make(config["data"]["augment"])
     optim.make(
       total_steps=config["total_steps"],
       batch_size=config["batch_size"],
@@ -101,13 +101,13 @@ def test_load_embeds_files_and_arrays_alike(smoke_run, tmp_path):
   Image.fromarray(picture).save(tmp_path / "one.png")
   given = [tmp_path / "one.png", picture, Image.fromarray(picture)]
   batch = model.preprocess(given)
-  size = config["data"]["size"]
+  size = config["data"]["augment"]["image"]["size"]
   assert batch["image"].shape == (3, 1, size, size, 3)
   features = np.asarray(model.embed(model.params, model.extra, batch)["features"])
   assert np.isfinite(features).all() and features.ndim == 2
   np.testing.assert_array_equal(features[0], features[1])
   np.testing.assert_array_equal(features[0], features[2])
-  if config["data"].get("text"):
+  if "text" in config["data"]["columns"]:
     said = model.tokenize(["a red star", "dots", "a red star"])
     found = model.embed(model.params, model.extra, batch | said)
     z = np.asarray(found["text"])

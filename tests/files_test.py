@@ -294,6 +294,21 @@ def test_what_is_wrong_in_a_table(tmp_path):
     opened(f"parquet:{tmp_path}/no.parquet", caption=None)
 
 
+def test_tables_of_different_types(tmp_path):
+  for name, label in (("a", [1]), ("b", [["x"]])):
+    table = pyarrow.table({"image": DATA[:1], "label": label})
+    parquet.write_table(table, tmp_path / f"{name}.parquet")
+  with pytest.raises(DataError, match="b.parquet has columns of another type than"):
+    opened(f"parquet:{tmp_path}/*.parquet", caption=None)
+  # A number in one table and text in the other is the same class.
+  for name, label in (("train", [1, 2, 1]), ("test", ["2", "1", None])):
+    table = pyarrow.table({"image": DATA[:3], "label": label})
+    parquet.write_table(table, tmp_path / f"x-{name}.parquet")
+  data = opened(f"parquet:{tmp_path}/x-{{split}}.parquet", caption=None)
+  assert data.train.labels().tolist() == [0, 1, 0]
+  assert data.test.labels().tolist() == [1, 0, -1]
+
+
 # Shards.
 
 

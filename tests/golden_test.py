@@ -109,7 +109,7 @@ EXEMPT = {
 TOKENS = "clip_tokens"  # texts and ids, no arrays; `test_clip_tokens` answers it
 
 ELSEWHERE = {  # file -> the test that compares it
-  "layer_decay": "schedules_test.py",
+  "layer_decay": "optim_test.py",
   "masks": "masks_test.py",
   "schedules": "schedules_test.py",
 }

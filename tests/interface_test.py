@@ -1,8 +1,9 @@
-"""Four sketches through the one interface: what `Method` must be able to carry.
+"""Five sketches through the one interface: what `Method` must be able to carry.
 
 Each is a method of the field in a few lines, on linear towers: CLIP (two towers, a
 learned scale), MoCo (a queue), BYOL (a teacher, updated after the optimiser), DINOv2
-(crops of two sizes, masks, two centres, a frozen second teacher from other weights).
+(crops of two sizes, masks, two centres, a frozen second teacher from other weights),
+and queries with their passages, which have no picture at all (`text_pairs_method`).
 None of them needs more of the train step than SimCLR does.
 """
 
@@ -18,6 +19,7 @@ from clj import sharding
 from clj.method import Aux, Method, keep
 from clj.runs import init_from, log
 from clj.train import TrainState, make_train_step
+from tests import text_pairs_method
 
 B, D = 16, 8
 
@@ -191,11 +193,26 @@ def dinov2(prototypes=12, momentum=0.9):
   return Method(init, loss, post, embed, ("image", "crops", "mask"))
 
 
-SKETCHES = {"clip": clip, "moco": moco, "byol": byol, "dinov2": dinov2}
+def text_pairs():
+  return text_pairs_method.make({"vocab": 32}, total_steps=100)
+
+
+SKETCHES = {
+  "clip": clip,
+  "moco": moco,
+  "byol": byol,
+  "dinov2": dinov2,
+  "text_pairs": text_pairs,
+}
 
 
 def make_batch(name, seed):
   rng = np.random.default_rng(seed)
+  if name == "text_pairs":
+    tokens = rng.integers(0, 32, (B, 7)).astype(np.int32)
+    mask = np.arange(7) < rng.integers(3, 8, (B, 1))
+    query = {"query": tokens[:, :4], "query_mask": mask[:, :4]}
+    return query | {"passage": tokens, "passage_mask": mask}
   views = {"clip": 1}.get(name, 2)
   batch = {"image": rng.uniform(size=(B, views, 4, 4, 3)).astype(np.float32)}
   if name == "clip":
@@ -252,6 +269,54 @@ def test_sketch_is_the_same_on_one_and_on_eight_devices(name):
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(state_one), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+def test_whole_and_part_of_a_batch_are_embedded(name):
+  method, batch = SKETCHES[name](), make_batch(name, 0)
+  assert set(method.needs) <= batch.keys()
+  params, extra = jax.jit(method.init)(jax.random.key(0), batch)
+  found = jax.jit(method.embed)(params, extra, batch)
+  assert found and all(x.shape[0] == B for x in found.values())
+  if name == "text_pairs":
+    part = {key: batch[key] for key in ("query", "query_mask")}
+    alone = jax.jit(method.embed)(params, extra, part)
+    assert found.keys() == {"query", "passage"} and alone.keys() == {"query"}
+    np.testing.assert_allclose(alone["query"], found["query"], atol=1e-6)
+
+
+def test_text_pairs_find_each_other():
+  method, tx = text_pairs(), optax.adam(0.05)
+  params, extra = method.init(jax.random.key(0), make_batch("text_pairs", 0))
+  state = TrainState(jnp.int32(0), jax.random.key(1), params, extra, tx.init(params))
+  step = jax.jit(make_train_step(method, tx, lambda rng, batch: batch))
+  for i in range(30):
+    state, _ = step(state, make_batch("text_pairs", i))
+  z = method.embed(state.params, state.extra, make_batch("text_pairs", 99))
+  found = (z["query"] @ z["passage"].T).argmax(1)
+  assert np.mean(found == np.arange(B)) > 0.8
+  start = method.embed(params, extra, make_batch("text_pairs", 99))
+  assert not np.allclose(start["query"], z["query"])
+
+
+def test_views_and_method_share_no_random_number():
+  """Though the method splits its key, and the views those of theirs."""
+  drawn = lambda rng: jax.random.normal(jax.random.split(rng)[0], (3,))
+
+  def augment(rng, batch):
+    return batch | {"drawn": jnp.stack([jax.random.normal(rng, (3,)), drawn(rng)])}
+
+  def loss(params, extra, batch, rng, step):
+    mine = jnp.stack([jax.random.normal(rng, (3,)), drawn(rng)])
+    apart = jnp.abs(mine[:, None] - batch["drawn"][None]).min()
+    return (params["w"] ** 2).sum(), (extra, Aux({"apart": apart}, batch["image"]))
+
+  method, tx = Method(None, loss, keep, None), optax.sgd(0.1)
+  params = {"w": jnp.ones((2,))}
+  state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, tx.init(params))
+  step = jax.jit(make_train_step(method, tx, augment))
+  _, metrics = step(state, {"image": jnp.zeros((B, 4))})
+  assert metrics["apart"] > 1e-4
 
 
 def test_moco_queue_is_first_in_first_out():

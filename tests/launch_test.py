@@ -27,7 +27,7 @@ WORKDIR = "gs://bucket/runs/r50"
 TRAIN = (
   "--config=configs/simclr.py:imagenet_r50",
   f"--workdir={WORKDIR}",
-  "--config.data.crop_scale=(0.2, 1.0)",
+  "--config.data.augment.image.crop_scale=(0.2, 1.0)",
   '--config.data.source=it\'s "$HOME" $(date) `id` \\ *',
 )
 
@@ -624,7 +624,7 @@ def test_sweep_values(text, values):
   ("flags", "line"),
   [
     (["--config.seed=0,,1"], "not a list of values"),
-    (["--config.data.crop_scale=(0.2,1"], "not a list of values"),
+    (["--config.data.augment.image.crop_scale=(0.2,1"], "not a list of values"),
     (["--seed=0"], "unknown option '--seed=0'"),
     (["--config.seed=0", "--config.seed=1"], "given twice"),
     (["--config.seed=0,0"], "share a workdir"),

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clj import optim, sharding, train
-from clj.data import pipeline, sources, text
+from clj import models, optim, sharding, train
+from clj.data import open_data
 from clj.methods import METHODS, make_method
 
+# Tokens of a transformer that all examples share: of one axis, and no norm or bias.
+TOKENS = r"(^|/)(cls|mask|position|cls_position|mean_position|map/probe)$"
 GOLDEN = pathlib.Path(__file__).parent / "golden_steps.json"
 
 
@@ -30,14 +32,15 @@ def program(name, devices):
   """The smoke recipe on some devices, compiled once for all tests."""
   config = smoke(name)
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-  batch = {
-    k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))
-    for k, v in batches(name, 0).items()
-  }
-  keys = ("seed", "batch_size", "total_steps", "method", "model", "data", "optim")
+  batch = train.batch_shapes(opened(name), config["batch_size"], mesh)
+  keys = ("seed", "batch_size", "method", "model", "optim")
   with jax.set_mesh(mesh):
     made = train.build(
-      batch, mesh, **{k: config[k] for k in keys} | {"total_steps": 40}
+      batch,
+      mesh,
+      total_steps=40,
+      augment=config["data"]["augment"],
+      **{k: config[k] for k in keys},
     )
 
     def examine(state, batch):
@@ -55,30 +58,15 @@ def program(name, devices):
 
 
 @functools.cache
-def source(name):
-  data = smoke(name)["data"]
-  opened = sources.open_config(data, "train_split")
-  if not data.get("text"):
-    return opened
-  tokenizer = text.open_tokenizer(
-    captions=lambda: sources.captions_of(opened), **data["text"]
-  )
-  return sources.tokenized(opened, tokenizer)
+def opened(name):
+  return open_data(smoke(name)["data"])
 
 
 def batches(name, step):
   config = smoke(name)
-  data = config["data"]
   return next(
-    pipeline.batches(
-      source(name),
-      seed=config["seed"],
-      batch_size=config["batch_size"],
-      step=step,
-      size=data["size"],
-      views=data["views"],
-      scale=data["crop_scale"],
-      ratio=data["crop_ratio"],
+    opened(name).batches(
+      seed=config["seed"], batch_size=config["batch_size"], step=step
     )
   )
 
@@ -177,17 +165,20 @@ def test_loss_keeps_the_structure_of_extra(name):
   assert aux.features.shape[0] == len(batch["image"]) and aux.features.ndim == 2
   assert all(v.shape == () for v in aux.metrics.values())
   assert not any(x.weak_type for x in jax.tree.leaves((state.params, state.extra)))
+  assert jax.eval_shape(made.method.embed, state.params, state.extra, {}) == {}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_gradient_flows_into_every_parameter(name):
+@pytest.mark.parametrize("name", [*METHODS, "lit"])
+def test_gradient_flows_into_every_parameter_but_the_locked(name):
   _, states = run(name, 8, 20)
   mesh, made, examine = program(name, 8)
   with jax.set_mesh(mesh):
     batch = sharding.to_global(batches(name, 5), mesh)
     _, grads, _ = examine(to_devices(states[5], made), batch)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.any(np.asarray(grad) != 0), sharding.name(path)
+    leaf_name = sharding.name(path)
+    locked = optim.matches(made.method.locked, leaf_name)
+    assert np.any(np.asarray(grad) != 0) != locked, leaf_name
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -196,8 +187,8 @@ def test_features_do_not_collapse(name):
   mesh, made, _ = program(name, 8)
   with jax.set_mesh(mesh):
     state = to_devices(states[20], made)
-    pictures = np.stack([batches(name, s)["image"][:, 0] for s in range(4)])
-    batch = {"image": pictures.reshape(-1, 1, *pictures.shape[2:]) / np.float32(255)}
+    pictures = np.concatenate([batches(name, s)["image"] for s in range(4)])
+    batch = {"image": pictures[:, None] / np.float32(255)}
     features = made.method.embed(state.params, state.extra, batch)["features"]
   unit = features / jnp.linalg.norm(features, axis=1, keepdims=True)
   assert float(jnp.mean(jnp.std(unit, axis=0))) * np.sqrt(unit.shape[1]) > 0.1
@@ -236,11 +227,26 @@ def test_probe_learns_and_changes_nothing_else(name):
   assert "probe/accuracy" not in aux.metrics
 
 
+def unknown_names(params):
+  """Of parameters of one axis that the optimisers would decay and adapt."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = sharding.name(path)
+    if leaf.ndim == 1 and not optim.matches(f"{optim.NORM_AND_BIAS}|{TOKENS}", name):
+      yield name
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_names_of_parameters_are_known_to_the_optimiser(name):
   """Norms and biases are named so that the masks find them."""
   _, made, _ = program(name, 8)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(made.state.params):
-    leaf_name = sharding.name(path)
-    if leaf.ndim == 1:
-      assert optim.matches(optim.NORM_AND_BIAS, leaf_name), leaf_name
+  assert not list(unknown_names(made.state.params))
+
+
+@pytest.mark.parametrize("pool", ["cls", "map"])
+def test_names_of_a_transformers_parameters_are_known(pool):
+  network = models.image("vit_test", mask_token=True, registers=2, pool=pool)
+  image = jnp.zeros((1, 16, 16, 3))
+  params, _ = jax.eval_shape(network.init, jax.random.key(0), image)
+  assert "mask" in params
+  assert not list(unknown_names(params))
+  assert list(unknown_names({"tower": {"weight": params["mask"]}})) == ["tower/weight"]

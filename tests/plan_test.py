@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clj import losses, models, plan, sharding
+from clj import losses, models, sharding
 from clj.models import conv as conv_lib
-from clj.planning import hlo
+from clj.planning import chips, fit, hlo, report, step
 from configs import simclr
 from tests import tpu
 
@@ -232,11 +232,11 @@ def smoke(where):
   """(config, topology, compiled step) of the smoke recipe."""
   config = simclr.get_config("smoke").to_dict()
   if where == "local":
-    topology = plan.Topology(where)
-    return config, topology, plan.compile_step(config, topology)
+    topology = chips.Topology(where)
+    return config, topology, step.compile_step(config, topology)
   with tpu.compiler() as named:
     topology = named(where)
-    return config, topology, plan.compile_step(config, topology)
+    return config, topology, step.compile_step(config, topology)
 
 
 def gradient_forms(where):
@@ -251,8 +251,8 @@ def test_a_tpu_step_holds_nothing_of_the_cpu_forms():
 
 
 def test_the_plan_adds_up():
-  config, topology, step = smoke("v5e:2x4")
-  found = plan.examine(config, topology, step)
+  config, topology, compiled = smoke("v5e:2x4")
+  found = step.examine(config, topology, compiled)
   json.dumps(found)
   memory = found["memory"]
   assert found["fits"] and found["needs"] == memory["total"] < found["hbm"]
@@ -265,7 +265,7 @@ def test_the_plan_adds_up():
   assert found["bound"] == max(times, key=times.get)
   assert found["images_per_s"][0] == config["batch_size"] / found["step_s"][0]
   assert found["hours"][0] == config["total_steps"] * found["step_s"][0] / 3600
-  for text in plan.describe(found, "smoke"), plan.table([found]):
+  for text in report.describe(found, "smoke"), report.table([found]):
     assert "v5e:2x4" in text and found["bound"] in text
 
 
@@ -279,9 +279,9 @@ def test_what_is_tried_to_make_a_step_fit(monkeypatch):
     tried.append(config)
     return {"fits": config["batch_size"] < 64, "needs": 2}
 
-  monkeypatch.setattr(plan, "plan", pretend)
-  eight = plan.Topology("local")
-  flags = [flag for flag, _ in plan.make_fit(config, eight, print)]
+  monkeypatch.setattr(step, "plan", pretend)
+  eight = chips.Topology("local")
+  flags = [flag for flag, _ in fit.make_fit(config, eight, print)]
   assert flags == [
     "--config.model.remat=True",
     "--config.mesh.fsdp=8",
@@ -296,18 +296,18 @@ def test_what_is_tried_to_make_a_step_fit(monkeypatch):
 
 def test_what_the_compiler_complains_of():
   told = "Ran out of memory in memory space hbm. Used 70.02G of 15.75G hbm. Exceeded"
-  assert plan.needed(told) == 70.02 * 2**30
+  assert step.needed(told) == 70.02 * 2**30
   told = (
     "total memory required for HLO temporaries (2.00T) exceeds available HBM (30.7G)"
   )
-  assert plan.needed(told) == 2 * 2**40
-  assert plan.needed("something else") is None
+  assert step.needed(told) == 2 * 2**40
+  assert step.needed("something else") is None
 
 
 def test_the_plan_of_a_cpu_comes_from_its_own_compiler():
-  found = plan.examine(*smoke("local"))
+  found = step.examine(*smoke("local"))
   assert found["devices"] == 8 and found["fits"] and found["flops"] > 1e7
-  assert "seconds" not in found and "no peaks" in plan.describe(found, "smoke")
+  assert "seconds" not in found and "no peaks" in report.describe(found, "smoke")
 
 
 def ring(kind, size, group, count=1):
@@ -375,13 +375,13 @@ def test_a_wrong_topology_is_named_in_one_line(name):
 def test_a_batch_that_does_not_divide_is_refused():
   config = simclr.get_config("smoke").to_dict() | {"batch_size": 12}
   with tpu.compiler() as topology, pytest.raises(ValueError, match="does not divide"):
-    plan.plan(config, topology("v5e:2x4"))
+    step.plan(config, topology("v5e:2x4"))
 
 
 def test_a_missing_compiler_is_named_in_one_line(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="pip install libtpu"):
-    plan.Topology("v5e:2x4")
+    chips.Topology("v5e:2x4")
 
 
 # Closed forms of whole networks.

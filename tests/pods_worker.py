@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from clj import sharding, train
-from clj.data import pipeline, sources
-from clj.evaluate import make_evaluate
+from clj.data import open_data
+from clj.evals.measure import make_evaluate
 from clj.runs import checkpoint, processes, workdir
 
 
@@ -25,27 +25,23 @@ def probe(directory, steps, mesh_sizes=None):
   config = workdir.read_config(directory)
   data, batch_size = config["data"], config["batch_size"]
   mesh = sharding.make_mesh(**(mesh_sizes or config["mesh"]))
-  source = sources.open_source(data["source"], data["train_split"])
-  sections = ("method", "model", "data", "optim")
+  opened = open_data(data)
+  sections = ("method", "model", "optim")
   found = {}
   with jax.set_mesh(mesh):
-    read = lambda step: pipeline.batches(
-      source,
+    read = lambda step: opened.batches(
       seed=config["seed"],
       batch_size=batch_size,
       step=step,
       rows=sharding.process_rows(batch_size, mesh),
-      size=data["size"],
-      views=data["views"],
-      scale=data["crop_scale"],
-      ratio=data["crop_ratio"],
     )
     program = train.build(
-      sharding.to_global(next(read(0)), mesh),
+      train.batch_shapes(opened, batch_size, mesh),
       mesh,
       seed=config["seed"],
       batch_size=batch_size,
       total_steps=config["total_steps"],
+      augment=data["augment"],
       **{key: config[key] for key in sections},
     )
     values = jax.jit(
@@ -55,8 +51,7 @@ def probe(directory, steps, mesh_sizes=None):
     evaluate = make_evaluate(
       program.method.embed,
       program.augment,
-      source,
-      data=data,
+      opened,
       evals={"knn": {"k": 20}, "linear_probe": {"epochs": 3}, "diagnostics": {}},
       batch_size=batch_size,
     )
@@ -80,7 +75,8 @@ def loss_and_gradients(method, augment, state, batch):
   batch = augment(jax.random.fold_in(rng, 0), batch)
 
   def loss(params):
-    return method.loss(params, state.extra, batch, rng, state.step)[0]
+    key = jax.random.fold_in(rng, 1)
+    return method.loss(params, state.extra, batch, key, state.step)[0]
 
   value, grads = jax.value_and_grad(loss)(state.params)
   leaves = jax.tree_util.tree_leaves_with_path((grads, state.params))

@@ -9,9 +9,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from clj import models, plan, sharding, train
+from clj import models, sharding, train
 from clj.method import Aux, Method, keep
-from clj.planning import hlo
+from clj.planning import chips, hlo
+from clj.planning.step import compile_step
 from configs import simclr
 from tests import tpu
 
@@ -126,7 +127,7 @@ def test_collectives_of_a_tpu_step_are_what_the_rules_imply(fsdp):
   assert found == {("all-reduce", 8): near(4 * bias)}
 
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (16, 1, 32, 32, 3), np.uint8)
+PICTURES = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
 VIT = {"name": "vit_test", "width": 64, "depth": 2, "heads": 2, "scan": True}
 
 
@@ -142,7 +143,8 @@ VIT = {"name": "vit_test", "width": 64, "depth": 2, "heads": 2, "scan": True}
 def test_split_parameters_give_the_same_step(model, monkeypatch):
   monkeypatch.setattr(sharding, "SMALL", 1024)
   config = simclr.get_config("smoke").to_dict() | {"model": model}
-  sections = ("seed", "batch_size", "total_steps", "method", "model", "data", "optim")
+  sections = ("seed", "batch_size", "total_steps", "method", "model", "optim")
+  views = config["data"]["augment"]
   results = {}
   for fsdp in (1, 4):
     mesh = sharding.make_mesh(data=2, fsdp=fsdp, devices=jax.devices()[: 2 * fsdp])
@@ -154,7 +156,9 @@ def test_split_parameters_give_the_same_step(model, monkeypatch):
     }
     with jax.set_mesh(mesh):
       batch = sharding.to_global(batch, mesh)
-      program = train.build(batch, mesh, **{k: config[k] for k in sections})
+      program = train.build(
+        batch, mesh, augment=views, **{k: config[k] for k in sections}
+      )
       state = program.init(jax.random.key(0))
       split = [x for x in jax.tree.leaves(state.params) if not x.is_fully_replicated]
       assert bool(split) == (fsdp > 1)
@@ -176,7 +180,7 @@ def test_the_first_rule_that_matches_decides(monkeypatch):
     "fsdp": 4,
     "rules": (("projector/dense1", ("fsdp",)), ("projector", ())),
   }
-  step = plan.compile_step(config, plan.Topology("local"))
+  step = compile_step(config, chips.Topology("local"))
   found = {
     sharding.name(path): leaf.sharding.spec
     for path, leaf in jax.tree_util.tree_leaves_with_path(step.program.state.params)

@@ -7,7 +7,7 @@ import os
 import jax
 import pytest
 
-from clj import plan
+from clj.planning import chips
 
 
 @contextlib.contextmanager
@@ -18,11 +18,11 @@ def compiler():
   jax.devices()  # the CPU's flags are read now: the TPU compiler ends on them
   saved = os.environ.copy()
   written = jax.config.jax_persistent_cache_min_compile_time_secs
-  plan.quiet_compiler()
+  chips.quiet_compiler()
   # Programs for absent devices are written to the cache but cannot be read from it.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
   try:
-    yield plan.Topology
+    yield chips.Topology
   finally:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", written)
     os.environ.clear()

@@ -1,5 +1,6 @@
 """The loop: compiles once, resumes bit for bit, stops when told, errors in a line."""
 
+import copy
 import gzip
 import json
 import os
@@ -8,15 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from clj import train as train_module
+from clj.cli import UserError
 from clj.data import text
+from clj.interop import init_from
 from clj.runs import checkpoint, log, workdir
 from clj.train import train
 from configs import simclr
@@ -175,11 +176,12 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path):
   config = smoke()
   assert train(tmp_path, **config) == 0
   changed = smoke(seed=5)
-  changed["data"] = changed["data"] | {"size": 16}
+  changed["data"] = copy.deepcopy(changed["data"])
+  changed["data"]["augment"]["image"]["size"] = 16
   with pytest.raises(ValueError) as error:
     train(tmp_path, **changed)
   message = str(error.value)
-  assert "seed 0 -> 5" in message and "data.size 32 -> 16" in message
+  assert "seed 0 -> 5" in message and "data.augment.image.size 32 -> 16" in message
   assert "init_from" in message and "\n" not in message
   # What does not change the result may change.
   free = smoke(
@@ -203,7 +205,10 @@ def test_config_json_keeps_every_version(tmp_path):
     ({"mesh": {"data": 3, "fsdp": 1}}, "data=3"),
     ({"profile": "5"}, "profile is '5'"),
     ({"evals": {"nearest": {}}}, "no evaluation 'nearest'"),
-    ({"method": {"name": "simclear"}}, "no method 'simclear'; there are: clip, simclr"),
+    (
+      {"method": {"name": "simclear"}},
+      "no method 'simclear'; there are: clip, clip_distill, simclr, slip",
+    ),
   ],
 )
 def test_bad_values_are_one_line(tmp_path, change, message):
@@ -220,9 +225,21 @@ def test_bad_values_are_one_line(tmp_path, change, message):
     (["--config=configs/simclr.py:smoke", "--config.batch_size=x"], "batch_size"),
     (
       ["--config=configs/simclr.py:smoke", "--config.optim.learning_rte=1"],
-      "no key 'learning_rte' in this section; did you mean 'learning_rate'",
+      "has no option 'learning_rte'",
     ),
-    (["--config=configs/simclr.py:smoke", "--config.optim.lr=1"], "no key 'lr'"),
+    (["--config=configs/simclr.py:smoke", "--config.optim.lr=1"], "no option 'lr'"),
+    (
+      ["--config=configs/simclr.py:smoke", "--config.data.augmnt.image.size=3"],
+      "no key 'augmnt' in data; did you mean 'augment'?",
+    ),
+    (
+      ["--config=configs/simclr.py:smoke", "--config.method.temprature=1"],
+      "no key 'temprature' in method; did you mean 'temperature'?",
+    ),
+    (
+      ["--config=configs/simclr.py:smoke", "--config.evals.knn.kk=1"],
+      "no key 'kk' in evals.knn; did you mean 'k'?",
+    ),
     ([], "--config"),
   ],
 )
@@ -342,8 +359,7 @@ def test_a_flat_folder_without_labels_runs(tmp_path):
     picture.save(tmp_path / "in" / f"{i}.png")
   (tmp_path / "in" / "notes.txt").write_text("not a picture")
   (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture either")
-  evals = {"knn": {"k": 5, "temperature": 0.1}, "diagnostics": {}}
-  config = smoke(evals=evals, total_steps=4, eval_every=2)
+  config = smoke(evals={"diagnostics": {}}, total_steps=4, eval_every=2)
   config["data"] = config["data"] | {
     "source": f"folder:{tmp_path / 'in'}",
     "train_split": "train[:80%]",
@@ -352,7 +368,9 @@ def test_a_flat_folder_without_labels_runs(tmp_path):
   assert train(tmp_path / "out", **config) == 0
   values = log.last_values(tmp_path / "out", "eval/")
   assert 0 <= values["eval/diagnostics/alignment"] <= 4
-  assert "eval/knn/top1" not in values
+  # What needs classes is refused before a step, not left out without a word.
+  with pytest.raises(UserError, match="'knn' needs 'label'"):
+    train(tmp_path / "labels", **config | {"evals": {"knn": {"k": 5}}})
 
 
 def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
@@ -366,7 +384,7 @@ def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
 
   monkeypatch.setattr(checkpoint, "_committed", lambda path: False)
   checkpoints.save(2, state, {}, {})
-  monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+  monkeypatch.setattr(checkpoints._saver, "wait_until_finished", full)
   with pytest.raises(checkpoint.CheckpointError, match="saving step 2 .*No space left"):
     checkpoints.wait()
 
@@ -374,9 +392,7 @@ def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
 def test_too_few_probe_classes_is_one_line(tmp_path):
   config = smoke()
   config["method"] = config["method"] | {"probe_classes": 5}
-  with pytest.raises(
-    ValueError, match="probe_classes is 5, but 'shapes' has 9 classes"
-  ):
+  with pytest.raises(UserError, match="9 different values of 'label'.* takes 5"):
     train(tmp_path, **config)
 
 
@@ -384,7 +400,10 @@ def test_the_tokenizer_travels_with_the_run(tmp_path, capsys):
   data = smoke()["data"] | {
     "source": "shapes/compositions",
     "train_split": "train[:64]",
-    "text": {"field": "caption", "tokenizer": "words", "length": 8},
+    "columns": {
+      "image": {},
+      "text": {"field": "caption", "tokenizer": "words", "length": 8},
+    },
   }
   config = smoke(data=data, checkpoint_every=1)
   assert train(tmp_path, **config) == 0
@@ -400,7 +419,8 @@ def test_the_tokenizer_travels_with_the_run(tmp_path, capsys):
   with pytest.raises(ValueError, match="there is no tokenizer in"):
     train(tmp_path, **config)
   (tmp_path / "tokenizer" / "settings.json").write_text(settings)
-  bpe = data | {"text": data["text"] | {"tokenizer": "bpe"}}
+  bpe = copy.deepcopy(data)
+  bpe["columns"]["text"]["tokenizer"] = "bpe"
   with pytest.raises(ValueError, match="another kind of vocabulary, 'words'"):
     train(tmp_path, **config | {"data": bpe})
   assert train(tmp_path, **config) == 0
@@ -411,7 +431,7 @@ def test_the_tokenizer_travels_with_the_run(tmp_path, capsys):
   other.save(tmp_path / "tokenizer")
   shutil.rmtree(tmp_path / "checkpoints" / "2")
   (tmp_path / "hashes" / "2.0.json").unlink()
-  with pytest.raises(ValueError, match="not the one that the checkpoint was trained"):
+  with pytest.raises(ValueError, match="'text' is not what the checkpoint was trained"):
     train(tmp_path, **config)
 
 
@@ -421,14 +441,15 @@ def test_a_text_tower_with_other_ids_is_not_taken(tmp_path):
   )
   made, other = learn("a red star"), learn("a blue ring")
   made.save(tmp_path / "tokenizer")
-  fresh = SimpleNamespace(params={"text": {"token": np.zeros(3)}, "image": {}})
-  taken = SimpleNamespace(params={"text": {"token": np.ones(3)}, "image": {}})
+  (tmp_path / "config.json").write_text("[]")
+  longer = text.open_tokenizer(str(tmp_path / "tokenizer"), length=20)
+  taken = {"params/text/token": np.ones(3)}
   for path in (tmp_path, tmp_path / "checkpoints" / "4"):
-    check = lambda tokenizer, after, path=path: train_module._check_initial_text(
-      path, tokenizer, fresh, after
+    check = lambda tokenizer, taken, path=path: init_from._check_columns(
+      path, {"text": tokenizer.settings}, taken
     )
     check(made, taken)
-    check(text.open_tokenizer(str(tmp_path / "tokenizer"), length=20), taken)
-    check(other, fresh)  # its text tower was not taken
-    with pytest.raises(ValueError, match="another vocabulary; set data.text.tokenizer"):
+    check(longer, taken)
+    check(other, {"params/image/kernel": np.ones(3)})  # its text tower was not taken
+    with pytest.raises(UserError, match="vocabulary; set data.columns.text.tokenizer"):
       check(other, taken)

@@ -21,8 +21,9 @@ import jax
 
 from clj.augment import masks
 from clj.augment import views as view_sets
-from clj.augment.views import CropSet, float_image
+from clj.augment.views import float_image
 from clj.cli import UserError, check_keywords
+from clj.data.images import CropSet
 
 # `(key, section, **options) -> (rng, batch) -> {key: array}`.
 ENTRIES = {

@@ -10,7 +10,6 @@ leaves the others as they were.
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 from clj.augment import operations
 from clj.augment.crops import ATTEMPTS, crop_boxes, crop_resize
 from clj.cli import UserError
+from clj.data.images import CropSet
 
 Array = jax.Array
 
@@ -40,26 +40,6 @@ CROP = slice(0, 2 * ATTEMPTS + 2)
 FLIP, JITTERED, ORDER, GRAYED, BLURRED, SIGMA, SOLARIZED = range(22, 29)
 FACTORS = slice(29, 33)
 UNIFORMS = 33
-
-
-class CropSet(NamedTuple):
-  """The crops of one `views` entry.
-
-  Attributes:
-    key: of the entry, and of the batch.
-    size: side of the views, pixels.
-    views: how many of each picture.
-    scale: range of a crop's area, as a share of the picture's.
-    ratio: range of a crop's width over height.
-    boxes_of: key of the entry whose boxes these are, "" for boxes of their own.
-  """
-
-  key: str
-  size: int
-  views: int
-  scale: tuple[float, float]
-  ratio: tuple[float, float]
-  boxes_of: str = ""
 
 
 def views(
@@ -117,7 +97,7 @@ def views(
   else:
     flips = crops
   flip = FLIPPED if flip is None else flip
-  mirror = _probability("flip", flip, flips.views)[:, :views]
+  mirror = _probability(f"data.augment.{flips.key}.flip", flip, flips.views)[:, :views]
   if grayscale is None:
     grayscale = 0.0 if boxes_of else GRAYSCALE
   given = {"jitter": jitter, "grayscale": grayscale, "blur": blur, "solarize": solarize}
@@ -261,11 +241,18 @@ def _colours(given: dict, order, crops: CropSet) -> list[Callable]:
 
 
 def _jitter(given: dict | None, crops: CropSet):
-  options = _options("jitter", given, JITTER)
-  probability = _probability("jitter", options["probability"], crops.views)
+  where = f"data.augment.{crops.key}.jitter"
+  options = _options(where, given, JITTER)
+  probability = _probability(where, options["probability"], crops.views)
   if options["brightness"] not in ("multiplicative", "additive"):
     raise UserError(
-      f"jitter brightness {options['brightness']!r}: use 'multiplicative' or 'additive'"
+      f"{where}.brightness is {options['brightness']!r}: use 'multiplicative' or "
+      "'additive'"
+    )
+  if len(options["amounts"]) != 4:
+    raise UserError(
+      f"{where}.amounts is {options['amounts']}; give four numbers, for brightness, "
+      "contrast, saturation and hue"
     )
   additive = options["brightness"] == "additive"
   amounts = [options["strength"] * amount for amount in options["amounts"]]
@@ -287,7 +274,8 @@ def _jitter(given: dict | None, crops: CropSet):
 
 
 def _grayscale(given, crops: CropSet):
-  probability = _probability("grayscale", given, crops.views)
+  where = f"data.augment.{crops.key}.grayscale"
+  probability = _probability(where, given, crops.views)
 
   def apply(x, uniforms):
     happens = operations.per_image(uniforms[..., GRAYED] < probability)
@@ -297,14 +285,16 @@ def _grayscale(given, crops: CropSet):
 
 
 def _blur(given: dict | None, crops: CropSet):
-  options = _options("blur", given, BLUR)
-  probability = _probability("blur", options["probability"], crops.views)
+  where = f"data.augment.{crops.key}.blur"
+  options = _options(where, given, BLUR)
+  probability = _probability(where, options["probability"], crops.views)
+  low, high = rising(f"{where}.sigma", options["sigma"])
   radius = (options["kernel_size"] or crops.size // 10) // 2
   idle = np.zeros((1, 1, 2 * radius + 1), np.float32)
   idle[..., radius] = 1.0
 
   def apply(x, uniforms):
-    sigma = _between(uniforms[..., SIGMA], *options["sigma"])
+    sigma = _between(uniforms[..., SIGMA], low, high)
     happens = (uniforms[..., BLURRED] < probability)[..., None]
     taps = jnp.where(happens, operations.gaussian_taps(sigma, radius), idle)
     return operations.blur(x, taps)
@@ -313,8 +303,9 @@ def _blur(given: dict | None, crops: CropSet):
 
 
 def _solarize(given: dict | None, crops: CropSet):
-  options = _options("solarize", given, SOLARIZE)
-  probability = _probability("solarize", options["probability"], crops.views)
+  where = f"data.augment.{crops.key}.solarize"
+  options = _options(where, given, SOLARIZE)
+  probability = _probability(where, options["probability"], crops.views)
 
   def apply(x, uniforms):
     happens = operations.per_image(uniforms[..., SOLARIZED] < probability)
@@ -335,22 +326,21 @@ def _between(uniforms: Array, low, high) -> Array:
   return uniforms * (high - low) + low
 
 
-def _options(name: str, given: dict | None, defaults: dict) -> dict:
+def _options(where: str, given: dict | None, defaults: dict) -> dict:
   if given is None:
     return {**defaults, "probability": 0.0}
-  unknown = sorted(set(given) - set(defaults))
-  if unknown:
-    raise UserError(f"{name} has no option {unknown[0]!r}; it has {sorted(defaults)}")
+  if unknown := sorted(set(given) - set(defaults)):
+    raise UserError(f"{where} has no option {unknown[0]!r}; it has {sorted(defaults)}")
   return {**defaults, **given}
 
 
-def _probability(name: str, value, views: int) -> np.ndarray:
+def _probability(where: str, value, views: int) -> np.ndarray:
   """`[1, views]` from one number or one a view."""
   values = np.atleast_1d(np.asarray(value, np.float32))
   if values.shape not in ((1,), (views,)) or (values < 0).any() or (values > 1).any():
     raise UserError(
-      f"{name} probability {value}: give one number in [0, 1], or one for each of the "
-      f"{views} views"
+      f"{where} has the probability {value}: give one number in [0, 1], or one for "
+      f"each of the {views} views"
     )
   return np.broadcast_to(values, (1, views))
 

@@ -137,8 +137,9 @@ def image(
   held = (memory_size, memory_size) if memory_size else shape[:2]
   held = None if None in held else held
   size = size or next((each.size for each in about.crops), held[0] if held else 0)
-  if not size:
-    raise about.error("size", 0, "set it: no entry of data.augment makes views of it")
+  if not isinstance(size, int) or size <= 0:
+    said = "it is in pixels; without it an entry of data.augment must make views of it"
+    raise about.error("size", size, said)
 
   def decode(value):
     value = _there(value, about)
@@ -186,13 +187,20 @@ def picture(value) -> np.ndarray:
 
 def strings(value) -> list[str]:
   """The texts of a value: a string or several, none of them blank."""
-  if value is None:
-    return []
   several = isinstance(value, list | tuple | np.ndarray)
-  said = [
-    plain_text(x).strip() for x in (value if several else [value]) if x is not None
-  ]
-  return [x for x in said if x]
+  there = [x for x in (value if several else [value]) if x is not None and x == x]
+  return [text for x in there if (text := plain_text(x).strip())]
+
+
+def _draw(seed, positions, counts, view):
+  """Which of `counts` texts a record gives; another one to each column of a field."""
+  counts = np.asarray(counts, np.uint64)
+  drawn = mix(seed, positions, -1) % counts
+  if view:
+    others = np.maximum(counts, np.uint64(2)) - np.uint64(1)
+    step = (mix(seed, positions, -2) + np.uint64(view - 1)) % others
+    drawn = (drawn + np.uint64(1) + step) % counts
+  return drawn.astype(np.int64)
 
 
 def text(
@@ -226,18 +234,9 @@ def text(
       raise UserError(f"it has no {about.field}")
     return said
 
-  def draw(seed, positions, counts):
-    counts = np.asarray(counts, np.uint64)
-    drawn = mix(seed, positions, -1) % counts
-    if about.view:  # another one than the columns before
-      others = np.maximum(counts, np.uint64(2)) - np.uint64(1)
-      step = (mix(seed, positions, -2) + np.uint64(about.view - 1)) % others
-      drawn = (drawn + np.uint64(1) + step) % counts
-    return drawn.astype(np.int64)
-
   def train(value, seed, position):
     said = texts(value)
-    return said[int(draw(seed, position, len(said)))]
+    return said[int(_draw(seed, position, len(said), about.view))]
 
   def rows(items):
     ids, masks, _ = made.encode(items)
@@ -253,7 +252,7 @@ def text(
   def gather(arrays, records, seed, positions):
     row, end = arrays["first"][records], arrays["first"][records + 1]
     if seed is not None:
-      row = row + draw(seed, positions, end - row)
+      row = row + _draw(seed, positions, end - row, about.view)
     return {
       name: arrays["ids"].take(row, axis=0),
       mask: arrays["mask"].take(row, axis=0),
@@ -272,7 +271,7 @@ def text(
     held_bytes=length * 5,
     fill={name: made.pad_id if made else 0},
     describe=strings,
-    saved={"tokenizer": made.fingerprint} if made else {},
+    saved=made.settings if made else {},
     limits={name: made.vocab_size} if made else {},
     tokenizer=made,
   )
@@ -418,7 +417,7 @@ def array(
     made = _as(plain(value), kind)
     wrong = made.shape[1:] != inner if length else made.shape != shape.shape
     if wrong or (length and not made.ndim):
-      where = "" if length else f"; data.columns.{name}.length pads arrays to one"
+      where = "" if length else f": data.columns.{name}.length pads arrays to one"
       raise UserError(f"its shape is {made.shape}, not {shape.shape}{where}")
     return made[:length] if length else made
 

@@ -7,6 +7,7 @@ for batch in data.test.batches(batch_size=256): ...
 
 import difflib
 import functools
+import inspect
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,13 @@ def _checked(section: dict) -> dict:
     _kind(name, options)
     if name in ("index", "id", "path") or not name.isidentifier():
       raise UserError(f"data.columns.{name}: a column cannot be called so")
+  for number, part in enumerate(section["mixture"]):
+    where = f"data.mixture[{number}]"
+    check_keywords(_part, part, where)
+    for name in part.get("columns") or {}:
+      if name not in section["columns"]:
+        raise UserError(f"{where} is of a column {name!r} that data.columns lacks")
+  check_keywords(_balanced, section["balanced"], "data.balanced")
   return section
 
 
@@ -271,8 +279,8 @@ class Data:
         source, classes, section["subset"], section["subset_seed"]
       )
     if section["balanced"]:
-      check_keywords(_balanced, section["balanced"], "data.balanced")
-      source = _balanced(source, self.columns, **section["balanced"])
+      options = section["balanced"]
+      source = _call(_balanced, "data.balanced", source, self.columns, **options)
     return Split(source, self.columns, section["threads"], self._limit)
 
   @functools.cached_property
@@ -443,9 +451,7 @@ def data_of_run(section: dict, workdir, memory_limit: int = MEMORY_LIMIT) -> Dat
       about = About(name, crops=_crop_sets(checked, name), tokenizer=tokenizer)
       columns[name] = _make(COLUMNS[kind], about, options)
   except UserError:  # a shape that only the data tell
-    return open_data(
-      section, workdir=workdir, started=True, memory_limit=memory_limit
-    )
+    return open_data(section, workdir=workdir, started=True, memory_limit=memory_limit)
   return Data(checked, columns, None, memory_limit)
 
 
@@ -492,13 +498,18 @@ def _opened(section, tokenizers, limit, source=None, lenient=()) -> Data:
 
 
 def _make(kind, about, options):
-  try:
-    return kind(about, **options)
-  except TypeError as error:  # a keyword without a default that is not there
-    if "required keyword-only" in str(error):
-      lacks = str(error).rpartition("argument")[2].strip(" s:")
-      raise UserError(f"data.columns.{about.name} needs {lacks}") from None
-    raise
+  return _call(kind, f"data.columns.{about.name}", about, **options)
+
+
+def _call(function, where, *args, **options):
+  """Calls it with options of a config, `check_keywords` having passed."""
+  parameters = inspect.signature(function).parameters.values()
+  needed = [
+    p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty
+  ]
+  if missing := [name for name in needed if name not in options]:
+    raise UserError(f"{where} needs {' and '.join(missing)}")
+  return function(*args, **options)
 
 
 def _with_valid(section, columns):
@@ -529,8 +540,9 @@ def _open(section, split, limit, lenient=()) -> Source:
     )
   sources, weights = [], []
   for number, part in enumerate(section["mixture"]):
-    check_keywords(_part, part, f"data.mixture[{number}]")
-    name, own_split, data_dir, own, weight = _part(**part)
+    name, own_split, data_dir, own, weight = _call(
+      _part, f"data.mixture[{number}]", **part
+    )
     mine = {}
     for column, base in section["columns"].items():
       if column not in own:
@@ -565,7 +577,7 @@ def _labels(source, columns):
   return found
 
 
-def _balanced(source, columns, *, classes, each):
+def _balanced(source, columns, /, *, classes, each):
   found = _labels(source, columns)
   if found is None:
     raise DataError(f"{source.name} has no labels: data.balanced needs them")
@@ -597,8 +609,7 @@ def _tokenizers(columns, source, workdir, started) -> dict[str, text.Tokenizer]:
     where = f"data.columns.{name}"
     directory = None
     if workdir is not None:
-      last = "tokenizer" if name == "text" else f"tokenizer-{name}"
-      directory = epath.Path(workdir) / last
+      directory = epath.Path(workdir) / text.directory(name)
     one = text.of_run(directory, options, captions, started=started, where=where)
     for each in names:
       made[each] = text.with_length(one, columns[each].get("length"), where)

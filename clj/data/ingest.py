@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 from PIL import Image
 
@@ -662,7 +663,7 @@ def _write_features(plan, out, work, done, there):
     names = plan.class_names or tuple(map(str, range(min(label, _CLASSES) + 1)))
     features["label"] = tfds.features.ClassLabel(names=names)
   if label >= _CLASSES:  # numbers of something else: reading numbers the distinct ones
-    features["label"] = tfds.features.Scalar(dtype="int64")
+    features["label"] = tfds.features.Scalar(dtype=np.int64)
   new = os.path.join(work, "features")
   os.makedirs(new, exist_ok=True)
   tfds.features.FeaturesDict(features).save_config(new)

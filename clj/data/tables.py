@@ -33,17 +33,15 @@ def open_table(
   kind = name.partition(":")[0]
   size = sum(disk.size(p) for paths in found.values() for p in paths)
   if size > memory_limit:
+    where = name if disk is _Disk else "parquet:PATH, where you downloaded it,"
     raise DataError(
       f"{name} has {size / 2**30:.1f} GiB, too much to hold; python -m clj.data.ingest"
-      f" {name} OUT makes it a data set that is read at random"
+      f" {where} OUT makes it a data set that is read at random"
     )
   tables = {word: read_table(kind, paths, wants, disk) for word, paths in found.items()}
   parts = split_parts(split, {w: t.num_rows for w, t in tables.items()}, name)
-  import pyarrow
-
-  table = pyarrow.concat_tables(
-    [tables[word].slice(start, stop - start) for word, start, stop in parts],
-    promote_options="permissive",
+  table = _joined(
+    name, [tables[word].slice(start, stop - start) for word, start, stop in parts]
   ).combine_chunks()
   if not table.num_rows:
     raise DataError(f"{name} {split} is empty")
@@ -100,7 +98,20 @@ def read_table(kind: str, paths: Sequence[str], wants: dict[str, Want], disk=_Di
     except pyarrow.ArrowException as error:
       raise DataError(f"{path} is no table ({first_line(error)})") from None
     tables.append(_of(path, table))
-  return pyarrow.concat_tables(tables, promote_options="permissive")
+  return _joined(paths[-1], tables)
+
+
+def _joined(name, tables):
+  """Tables one below the other; a column may be missing in some, or be wider."""
+  import pyarrow
+
+  try:
+    return pyarrow.concat_tables(tables, promote_options="permissive")
+  except pyarrow.ArrowException as error:
+    raise DataError(
+      f"{name} has columns of another type than the tables before"
+      f" ({first_line(error)}): write them alike"
+    ) from None
 
 
 def _of(path, table):

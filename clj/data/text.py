@@ -178,6 +178,11 @@ def _file(kind):
   return "tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"
 
 
+def directory(column: str) -> str:
+  """Where a workdir keeps the tokenizer of a column of texts."""
+  return "tokenizer" if column == "text" else f"tokenizer-{column}"
+
+
 def load(directory) -> Tokenizer:
   """Opens what `Tokenizer.save` wrote.
 

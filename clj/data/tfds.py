@@ -1,6 +1,7 @@
 """TensorFlow Datasets, read without TensorFlow, at random."""
 
 import functools
+import importlib.util
 import logging
 import os
 import threading
@@ -42,6 +43,7 @@ def open_tfds(
 
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
   data_dir = os.path.expanduser(str(data_dir))
+  _know_audio()
   builder = _prepared(name, data_dir) or _prepare(name, data_dir)
   info = builder.info
   formats = info.available_file_formats() | {info.file_format}
@@ -77,6 +79,32 @@ def open_tfds(
   )
 
 
+@functools.cache
+def _know_audio():
+  """Makes TFDS know its feature Audio without TensorFlow, as what is stored of it."""
+  if importlib.util.find_spec("tensorflow") is not None:
+    return
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.features import feature as core
+
+  class Audio:
+    @staticmethod
+    def from_json_content(value):
+      if value.lazy_decode:
+        made = tfds.features.Text()  # the file
+      else:
+        made = tfds.features.Tensor(
+          shape=core.from_shape_proto(value.shape),
+          dtype=core.dtype_from_str(value.dtype),
+          encoding=value.encoding or "none",
+        )
+      made.sample_rate = int(value.sample_rate) or None
+      return made
+
+  name = "tensorflow_datasets.core.features.audio_feature.Audio"
+  core.FeatureConnector._registered_features[name] = Audio
+
+
 def _check_files(name, files):
   with futures.ThreadPoolExecutor(16) as pool:  # a bucket answers slowly
     there = list(pool.map(lambda file: epath.Path(file).exists(), files))
@@ -90,41 +118,37 @@ def _reader(records, parts, features, wants):
   import tensorflow_datasets as tfds
 
   first = np.cumsum([0, *(x.take for x in parts)])
+  files = [(os.path.basename(x.filename), x.skip) for x in parts]
   own = isinstance(features.get("key"), tfds.features.Text)  # of `clj.data.ingest`
 
   @functools.lru_cache(maxsize=8)
   def example(columns):
-    """A parser of what some columns need, pictures left encoded."""
+    """A parser of what some columns need, pictures and sounds left as they are; and
+    (column, field, what makes its value) of each."""
     names = {wants[column].field for column in columns} | ({"key"} if own else set())
     named = {name: features[name] for name in names or list(features)[:1]}
     encoded = {
       name: tfds.decode.SkipDecoding()
       for name, feature in named.items()
-      if isinstance(feature, tfds.features.Image)
+      if isinstance(feature, tfds.features.Image) or hasattr(feature, "sample_rate")
     }
     parser = tfds.features.FeaturesDict(named)
-    return lambda raw: parser.deserialize_example_np(raw, decoders=encoded)
+    values = [(c, wants[c].field, _value_of(features, wants[c], own)) for c in columns]
+    return lambda raw: parser.deserialize_example_np(raw, decoders=encoded), values
 
   def key_of(index, record):
     """The record's own key, or TFDS's id: its file and its place there."""
     if own:
       return plain_text(record["key"])
     part = np.searchsorted(first, index, side="right") - 1
-    place = index - first[part] + parts[part].skip
-    return f"{os.path.basename(parts[part].filename)}__{place}"
+    name, skip = files[part]
+    return f"{name}__{index - first[part] + skip}"
 
   def parse(index, raw, columns):
-    record = example(columns)(raw)
-    values = {column: _value(record[wants[column].field]) for column in columns}
-    for column, value in values.items():
-      feature = features[wants[column].field]
-      if isinstance(feature, tfds.features.Audio) and not isinstance(value, bytes):
-        values[column] = value, feature.sample_rate
-      elif (
-        own and wants[column].kind == "label" and np.ndim(value) == 0 and value == -1
-      ):
-        values[column] = None
-    return values | {KEY: key_of(index, record)}
+    parser, values = example(columns)
+    record = parser(raw)
+    found = {column: make(record[field]) for column, field, make in values}
+    return found | {KEY: key_of(index, record)}
 
   def read(indices, columns):
     indices, columns = [int(i) for i in indices], tuple(columns)
@@ -142,13 +166,18 @@ def _reader(records, parts, features, wants):
   return read
 
 
-def _value(value):
-  """What stands for it in a record: strings and the like as lists, no 0-d arrays."""
-  if isinstance(value, np.ndarray) and value.dtype == object:
-    return value.tolist()
-  if isinstance(value, dict):
-    raise DataError("it is nested, which is not read")
-  return value
+def _value_of(features, want, own):
+  """What makes the value of a record of what TFDS gives.
+
+  own: of `clj.data.ingest`, where the number -1 is no class.
+  """
+  rate = getattr(features[want.field], "sample_rate", None)
+  if rate is not None:
+    return lambda value: value if isinstance(value, bytes) else (value, rate)
+  if own and want.kind == "label":
+    return lambda value: None if np.array_equal(value, -1) else value
+  plain = lambda value: isinstance(value, np.ndarray) and value.dtype == object
+  return lambda value: value.tolist() if plain(value) else value
 
 
 def _wanted(name, features, wants):
@@ -160,7 +189,7 @@ def _wanted(name, features, wants):
     "image": lambda f: isinstance(f, kinds.Image),
     "text": text,
     "label": lambda f: isinstance(f, kinds.ClassLabel | kinds.Text) or f.shape == (),
-    "audio": lambda f: isinstance(f, kinds.Audio | kinds.Text),
+    "audio": lambda f: hasattr(f, "sample_rate") or isinstance(f, kinds.Text),
     "array": lambda f: not text(f) and not isinstance(f, kinds.FeaturesDict),
   }
   there = {}

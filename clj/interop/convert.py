@@ -24,10 +24,10 @@ from clj.cli import UserError
 from clj.data import text
 from clj.interop import architecture, beside, files, layouts
 from clj.interop.architecture import Model
+from clj.interop.init_from import init_from
 from clj.method import average
 from clj.methods import make_method
 from clj.runs import checkpoint, workdir
-from clj.runs.init_from import init_from
 
 DTYPES = {
   "float32": np.float32,
@@ -39,6 +39,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 SECTIONS = {
   "seed": 0,
   "batch_size": 256,
+  "total_steps": 1,
   "mesh": {"data": -1, "fsdp": 1},
   "evals": {"zeroshot": {}, "retrieval": {}},
   "data": {
@@ -148,8 +149,6 @@ def write_workdir(
 
   Returns lines on what was done.
   """
-  from clj.train import TrainState
-
   directory = epath.Path(directory)
   if (directory / "checkpoints").exists():
     raise UserError(f"{directory} holds a run already; take another directory")
@@ -181,19 +180,16 @@ def write_workdir(
     "text_mask": jnp.ones((1, length), bool),
   }
   params, extra = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
-  state = TrainState(jnp.zeros((), jnp.int32), jax.random.key(0), params, extra, ())
   # Split over all devices; nothing is ever whole on one, nor drawn at random first.
   mesh = sharding.make_mesh(data=1, fsdp=-1)
   struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   wanted = (params, extra)
   params, extra = jax.tree.map(struct, wanted, sharding.state_shardings(wanted, mesh))
   with jax.set_mesh(mesh):
-    state, report = init_from(
-      TrainState(state.step, state.rng, params, extra, ()), source
-    )
+    params, extra, report = init_from(params, extra, source)
   lacking = [
     sharding.name(path)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.extra))
+    for path, leaf in jax.tree_util.tree_leaves_with_path((params, extra))
     if isinstance(leaf, jax.ShapeDtypeStruct)
   ]
   if lacking:
@@ -205,6 +201,8 @@ def write_workdir(
   if config["data"]["text"]:
     opened.save(directory / "tokenizer")
     clock["tokenizer"] = opened.fingerprint
+  state = {"step": jnp.zeros((), jnp.int32), "rng": jax.random.key(0), "opt_state": ()}
+  state |= {"params": params, "extra": extra}
   checkpoints = checkpoint.Checkpoints(directory)
   checkpoints.save(0, state, clock, {})
   checkpoints.close()

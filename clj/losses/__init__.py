@@ -1,5 +1,9 @@
 """Losses over the global batch, as pure functions on embeddings."""
 
+import inspect
+
+import jax
+
 from clj.losses.contrastive import clip as clip
 from clj.losses.contrastive import info_nce as info_nce
 from clj.losses.contrastive import l2_normalize as l2_normalize
@@ -40,3 +44,9 @@ from clj.losses.triplet import triplet as triplet
 from clj.losses.triplet import triplet_batch_all as triplet_batch_all
 from clj.losses.triplet import triplet_batch_hard as triplet_batch_hard
 from clj.losses.triplet import triplet_semihard as triplet_semihard
+
+# By this scope the plan tells what they cost from what the towers do, which run inside
+# of `encode_in_chunks`.
+for _name, _function in list(globals().items()):
+  if inspect.isfunction(_function) and _name != "encode_in_chunks":
+    globals()[_name] = jax.named_scope("loss")(_function)

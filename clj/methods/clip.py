@@ -113,7 +113,13 @@ def make(
           found["features"] = h
     return found
 
-  return Method(init, loss_fn, post, embed, sum(KEYS.values(), ()), locked)
+  needs = sum(KEYS.values(), ())
+  return Method(init, loss_fn, post, embed, needs, locked, limits)
+
+
+def limits(params):
+  """The vocabulary of the text tower."""
+  return {"text": params["text"]["token"].shape[0]}
 
 
 def two_towers(

@@ -88,4 +88,4 @@ def make(
     aux = Aux(metrics | {"distill": distill}, jax.lax.stop_gradient(h))
     return value + weight * distill, (extra | stats, aux)
 
-  return Method(init, loss, student.post, student.embed, student.needs, locked)
+  return student._replace(init=init, loss=loss, locked=locked)

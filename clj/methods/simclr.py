@@ -59,6 +59,8 @@ def make(
     return value, (extra, Aux({}, features))
 
   def embed(params, extra, batch):
+    if "image" not in batch:
+      return {}
     h, _ = encoder.apply(
       params["encoder"], extra["encoder"], batch["image"][:, 0], train=False
     )

@@ -90,4 +90,4 @@ def make(
     return value + weight * slip, (extra, aux)
 
   needs = (*pairs.needs, "crops")
-  return Method(init, loss, pairs.post, pairs.embed, needs, locked)
+  return pairs._replace(init=init, loss=loss, needs=needs, locked=locked)

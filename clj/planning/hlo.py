@@ -9,6 +9,8 @@ element that exists (not padding, not the holes of a dilation), from shapes alon
 Bytes of memory are those that each instruction reads and writes in the device's main
 memory ("HBM"), a fusion once however many instructions it holds, slices as slices, tile
 padding included; buffers that the compiler keeps on the chip (TPU: VMEM) are free.
+Each count belongs to a part of the program: the innermost `jax.named_scope` of those
+asked for, which every instruction names in its metadata.
 The text format: https://openxla.org/xla/operation_semantics.
 """
 
@@ -51,6 +53,8 @@ FREE = {
   "call",
   "async-start",
 }
+PRODUCTS = ("dot", "convolution", "custom-call")
+OTHER = "other"  # the part of what is in no scope
 # Calls that only give memory a name.
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 
@@ -114,7 +118,7 @@ class Collective(NamedTuple):
   kind: of `KINDS`. bytes: an all-reduce's array, an all-gather's result, the operands
   of the others. group: how many devices take part. first: their numbers, of the first
   group, in the order of the mesh. count: how often it runs in a step. place: the
-  operation of the program that it came from.
+  operation of the program that it came from. part: its scope, see `analyse`.
   """
 
   kind: str
@@ -123,6 +127,7 @@ class Collective(NamedTuple):
   first: tuple[int, ...]
   count: int
   place: str
+  part: str = ""
 
   @property
   def wire(self) -> float:
@@ -133,20 +138,39 @@ class Collective(NamedTuple):
     return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
 
-class Cost(NamedTuple):
-  """What one device does in one run of the program.
+class Part(NamedTuple):
+  """What falls to one part of the program.
 
   flops: of products and convolutions. passes: the same, weighted by the passes through
   the matrix unit that a TPU needs for the precision (1 for bfloat16, 3 for "high", 6
-  for "highest" of float32). hbm_bytes: read and written. loops: (name of the body,
-  trip count or None if it is not in the program) of every loop, outermost first.
+  for "highest" of float32). recomputed: FLOPs that `jax.checkpoint` spends again in the
+  backward pass. hbm_bytes: read and written.
+  """
+
+  flops: float = 0.0
+  passes: float = 0.0
+  recomputed: float = 0.0
+  hbm_bytes: float = 0.0
+
+  def plus(self, other: "Part", times: int = 1) -> "Part":
+    return Part(*(a + times * b for a, b in zip(self, other)))
+
+
+class Cost(NamedTuple):
+  """What one device does in one run of the program.
+
+  flops, passes, recomputed, hbm_bytes: of all parts, see `Part`. loops: (name of the
+  body, trip count or None if it is not in the program) of every loop, outermost first.
+  parts: by scope.
   """
 
   flops: float
   passes: float
+  recomputed: float
   hbm_bytes: float
   collectives: tuple[Collective, ...]
   loops: tuple[tuple[str, int | None], ...]
+  parts: dict[str, Part]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -206,70 +230,123 @@ def arrays(shape: str) -> tuple[Array, ...]:
   )
 
 
-def analyse(text: str) -> Cost:
-  """Counts what the compiled program `text` (`compiled.as_text()`) does on a device."""
-  walk = _Walk(*parse(text))
-  walk.computation(walk.entry, 1, {}, fused=False)
-  return Cost(
-    walk.flops, walk.passes, walk.hbm, tuple(walk.collectives), tuple(walk.loops)
+def analyse(text: str, scopes: tuple[str, ...] = ()) -> Cost:
+  """Counts what the compiled program `text` (`compiled.as_text()`) does on a device.
+
+  scopes: names of `jax.named_scope`; of nested ones the innermost counts, in the
+    forward and the backward pass. What is in none is the part `OTHER`.
+  """
+  walk = _Walk(*parse(text), scopes)
+  walk.computation(walk.entry, 1, {}, fused=False, part=OTHER)
+  parts = {name: walk.parts.get(name, Part()) for name in (*scopes, OTHER)}
+  return Cost(*walk.total(), tuple(walk.collectives), tuple(walk.loops), parts)
+
+
+@functools.lru_cache(maxsize=65536)
+def scope(op_name: str, scopes: tuple[str, ...]) -> str | None:
+  """The innermost of the scopes in a name such as "jit(f)/transpose(jvp(loss))/add"."""
+  if not scopes:
+    return None
+  # A function of that name that was jitted is none.
+  found = re.findall(
+    rf"(?<!jit\()(?:^|(?<=[/(]))(?:{'|'.join(scopes)})(?=[/)]|$)", op_name
   )
+  return found[-1] if found else None
 
 
 class _Walk:
   """Adds up the program, computation by computation, as often as each runs."""
 
-  def __init__(self, computations, entry):
-    self.computations, self.entry = computations, entry
-    self.flops = self.passes = self.hbm = 0.0
+  def __init__(self, computations, entry, scopes):
+    self.computations, self.entry, self.scopes = computations, entry, scopes
+    self.parts = {}
     self.collectives, self.loops = [], []
-    self.seen = set()
+    self.seen, self.fusions = set(), {}
 
-  def computation(self, name, times, known, fused, host=None):
-    """known: values of the integer scalars among the elements of its parameter."""
+  def total(self) -> Part:
+    return functools.reduce(Part.plus, self.parts.values(), Part())
+
+  def add(self, part, cost: Part, times):
+    self.parts[part] = self.parts.get(part, Part()).plus(cost, times)
+
+  def computation(self, name, times, known, fused, part, host=None):
+    """known: values of the integer scalars among the elements of its parameter.
+
+    part: what the computation was called from.
+    """
     body = self.computations[name]
     host = host or name  # the computation that is executed: not a fusion's inside
     for one in body.instructions.values():
       opcode = one.opcode
-      if opcode in ("dot", "convolution", "custom-call"):
-        flops, passes = _flops(one, body)
-        self.flops += times * flops
-        self.passes += times * passes
+      mine = self.part(one) or part
+      if opcode in PRODUCTS:
+        self.add(mine, _flops(one, body), times)
       if opcode.removesuffix("-start") in KINDS:
-        self.collective(one, body, times, host, name)
+        self.collective(one, body, times, host, name, mine)
       if not fused and opcode not in FREE and not opcode.endswith("-done"):
-        self.hbm += times * self.traffic(one, body)
+        self.add(mine, Part(hbm_bytes=self.traffic(one, body)), times)
       if opcode == "fusion":
-        self.computation(_called(one, "calls"), times, {}, True, host)
+        self.computation(_called(one, "calls"), times, {}, True, mine, host)
       elif opcode in ("call", "async-start"):
         target = _called(one, "to_apply") or _called(one, "calls")
         values = {
           i: _value(self.computations, body, x, known)
           for i, x in enumerate(one.operands)
         }
-        self.computation(target, times, values, fused)
+        self.computation(target, times, values, fused, mine)
       elif opcode == "conditional":
         # The branches exclude each other: the dearest counts.
-        self.branches(one, times, fused)
+        self.branches(one, times, fused, mine)
       elif opcode == "while":
-        self.loop(one, body, times, known)
+        self.loop(one, body, times, known, mine)
 
-  def branches(self, one, times, fused):
+  def part(self, one) -> str | None:
+    """The part of an instruction by its name, of a fusion by most of what it does."""
+    own = scope(_place(one), self.scopes)
+    if one.opcode != "fusion":
+      return own
+    flops, held = self.inside(_called(one, "calls"))
+    most = lambda found: max(found, key=found.get) if found else None
+    return most(flops) or own or most(held)
+
+  def inside(self, name):
+    """(FLOPs, bytes of results) of what stands in a fused computation, by part."""
+    if name not in self.fusions:
+      flops, held = {}, {}
+      body = self.computations[name]
+      for one in body.instructions.values():
+        part = self.part(one)
+        if part is None:
+          continue
+        if one.opcode == "fusion":
+          more = self.inside(_called(one, "calls"))[0]
+        elif one.opcode in PRODUCTS and (count := _flops(one, body).flops):
+          more = {part: count}
+        else:
+          more = {}
+        for key, value in more.items():
+          flops[key] = flops.get(key, 0) + value
+        held[part] = held.get(part, 0) + sum(a.bytes for a in one.shape)
+      self.fusions[name] = flops, held
+    return self.fusions[name]
+
+  def branches(self, one, times, fused, part):
     names = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
     names = re.findall(r"[\w.-]+", names[1]) if names else []
     names += re.findall(r"(?:true|false)_computation=%?([\w.-]+)", one.attributes)
     walks = []
     for name in names:
-      walk = _Walk(self.computations, name)
-      walk.computation(name, times, {}, fused)
+      walk = _Walk(self.computations, name, self.scopes)
+      walk.computation(name, times, {}, fused, part)
       walks.append(walk)
-    dearest = max(walks, key=lambda walk: (walk.flops, walk.hbm))
-    self.flops += dearest.flops
-    self.passes += dearest.passes
-    self.hbm += dearest.hbm
+    cost = lambda walk: (walk.total().flops, walk.total().hbm_bytes)
+    dearest = max(walks, key=cost)
+    for name, found in dearest.parts.items():
+      self.add(name, found, 1)
     self.collectives += dearest.collectives
     self.loops += dearest.loops
 
-  def loop(self, one, body, times, known):
+  def loop(self, one, body, times, known, part):
     name, condition = _called(one, "body"), _called(one, "condition")
     carried = body.instructions[one.operands[0]]
     start = {}
@@ -292,9 +369,10 @@ class _Walk:
       for i, x in enumerate(root.operands if root.opcode == "tuple" else ())
       if _element(inside, x) == i
     }
-    self.computation(name, times * (1 if trips is None else trips), same, False)
+    times *= 1 if trips is None else trips
+    self.computation(name, times, same, False, part)
 
-  def collective(self, one, body, times, host, name):
+  def collective(self, one, body, times, host, name, part):
     # A TPU program repeats an asynchronous collective in each fusion that it overlaps.
     channel = re.search(r"channel_id=(\d+)", one.attributes)
     key = (host, channel[1] if channel else one.name)
@@ -309,7 +387,6 @@ class _Walk:
       operands = operands[:1]  # the others of a -start are its buffers
     size = sum(a.bytes for a in operands)
     group = _group(one.attributes)
-    place = re.search(r'op_name="([^"]*)"', one.attributes)
     self.collectives.append(
       Collective(
         kind,
@@ -317,7 +394,8 @@ class _Walk:
         len(group),
         group,
         times,
-        place[1] if place else one.name,
+        _place(one) or one.name,
+        part,
       )
     )
 
@@ -414,6 +492,12 @@ def _context(one, operands):
 def _called(one, attribute):
   found = re.search(rf"\b{attribute}=%?([\w.-]+)", one.attributes)
   return found[1] if found else None
+
+
+def _place(one):
+  """The operation of the program that an instruction comes from, or ""."""
+  found = re.search(r'op_name="([^"]*)"', one.attributes)
+  return found[1] if found else ""
 
 
 def _target(one):
@@ -526,8 +610,8 @@ def _trips(computations, body_name, condition_name, start):
 # FLOPs.
 
 
-def _flops(one, body):
-  """(FLOPs, FLOPs times passes) of a product, a convolution, or a library's call."""
+def _flops(one, body) -> Part:
+  """Of a product, a convolution, or a library's call."""
   shapes = [body.instructions[x].shape for x in one.operands]
   if one.opcode == "dot":
     contracted = _numbers(one.attributes, "lhs_contracting_dims")
@@ -544,7 +628,8 @@ def _flops(one, body):
   passes = 1
   if precision and float32:
     passes = {"highest": 6, "high": 3}.get(precision[1].split(",")[0], 1)
-  return flops, flops * passes
+  again = "rematted_computation" in _place(one)  # so `jax.checkpoint` calls it
+  return Part(flops, flops * passes, flops if again else 0.0)
 
 
 def _convolution(lhs, rhs, out, attributes):

@@ -1,6 +1,6 @@
 """Checkpoints: Orbax, asynchronous and atomic, guarded by hashes of their files.
 
-    workdir/checkpoints/STEP/   what Orbax wrote: the train state and the clock
+    workdir/checkpoints/STEP/   what Orbax wrote: train state, clock, score
     workdir/hashes/STEP.P.json  size and SHA-256 of each file of process P
     workdir/damaged/            what failed the check: renamed, never deleted
 
@@ -24,7 +24,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
 from clj import sharding
 from clj.cli import UserError
@@ -57,11 +56,11 @@ class Checkpoints:
     self.workdir = epath.Path(workdir if whole else os.path.abspath(workdir))
     self.directory = self.workdir / "checkpoints"
     self.best = best or ("", 1)
-    self._say_committed = committed
+    self.committed = committed
     self._keep = keep
     self._hashing: list[threading.Thread] = []
     self._over = threading.Event()  # what is not committed by then never will be
-    self._manager = None
+    self._saver = None
     self._newest = None  # step that was saved last
     self._failed: Exception | None = None  # in a thread
 
@@ -83,21 +82,23 @@ class Checkpoints:
       self._save(step, state, clock, metrics)
 
   def _save(self, step: int, state, clock: dict, metrics: dict[str, float]):
-    manager = self._open()
+    saver = self._open()
     # A checkpoint of this step that somebody removed by hand may have left its hashes,
     # also those of more processes than there are now.
     for manifest in self._manifests(step):
       if _writer(manifest) % jax.process_count() == jax.process_index():
         manifest.unlink(missing_ok=True)
-    manager.check_for_errors()
+    saver.check_for_errors()
     self._newest = step
     name, sign = self.best
-    manager.save(
-      step,
+    score = {"score": sign * metrics[name]} if name in metrics else {}
+    saver.save(
+      self.directory / str(step),
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), clock=ocp.args.JsonSave(clock)
+        state=ocp.args.StandardSave(state),
+        clock=ocp.args.JsonSave(clock),
+        metrics=ocp.args.JsonSave(score),
       ),
-      metrics={"score": sign * metrics[name]} if name in metrics else {},
       force=True,
     )
     thread = threading.Thread(target=self._finish, args=(step,), daemon=True)
@@ -107,8 +108,8 @@ class Checkpoints:
   def check(self):
     """Raises CheckpointError where a save in the background has failed by now."""
     with self._explained():
-      if self._manager is not None:
-        self._manager.check_for_errors()
+      if self._saver is not None:
+        self._saver.check_for_errors()
       if self._failed is not None:
         raise self._failed
 
@@ -116,8 +117,8 @@ class Checkpoints:
     """Until every save is committed and hashed; raises CheckpointError, as `check`."""
     with self._explained():
       try:
-        if self._manager is not None:
-          self._manager.wait_until_finished()
+        if self._saver is not None:
+          self._saver.wait_until_finished()
       finally:
         self._over.set()
         for thread in self._hashing:
@@ -138,8 +139,8 @@ class Checkpoints:
 
   def close(self):
     self.wait()
-    if self._manager is not None:
-      self._manager.close()
+    if self._saver is not None:
+      self._saver.close()
 
   def restore(self, abstract_state, step: int | None = None):
     """Restores the newest intact checkpoint, or that of `step`.
@@ -228,22 +229,33 @@ class Checkpoints:
         f"no checkpoint of step {step} in {self.directory}; there are {found or 'none'}"
       )
 
-  def _open(self) -> ocp.CheckpointManager:
+  def _open(self) -> ocp.AsyncCheckpointer:
     # Opened late: reading a workdir must not create anything in it.
-    if self._manager is None:
+    if self._saver is None:
       # It logs with a traceback what it then raises in `save` or `wait`.
       logging.getLogger("absl").addFilter(_not_orbax)
-      score = lambda metrics: metrics.get("score", -np.inf)
-      self._manager = _Manager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-          best_fn=score,
-          preservation_policy=policies.AnyPreservationPolicy(
-            [policies.LatestN(self._keep), policies.BestN(get_metric_fn=score, n=1)]
-          ),
-        ),
-      )
-    return self._manager
+      self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+      if jax.process_index() == 0 and self.directory.exists():
+        for left in self.directory.iterdir():  # of processes that were killed
+          if not left.name.isdigit() and left.is_dir():
+            left.rmtree(missing_ok=True)
+    return self._saver
+
+  def _prune(self):
+    """Removes all but the newest `keep` and the best of what is committed."""
+    steps = self.steps()
+    best = max(steps, key=lambda step: (self._score(step), step), default=None)
+    for step in steps[: -self._keep]:
+      if step != best or self._score(step) == -np.inf:
+        with contextlib.suppress(FileNotFoundError):  # the thread of another save
+          _remove(self.directory / str(step))
+
+  def _score(self, step: int) -> float:
+    path = self.directory / str(step) / "metrics" / "metadata"
+    try:
+      return json.loads(path.read_text()).get("score", -np.inf)
+    except (OSError, ValueError):
+      return -np.inf
 
   def _restore(self, step: int, abstract_state):
     path = self.directory / str(step)
@@ -279,7 +291,9 @@ class Checkpoints:
         return
       wait = min(2 * wait, 1.0) if is_remote(path) else wait  # each look is a request
     with contextlib.suppress(OSError):  # of a closed terminal
-      self._say_committed(step)
+      self.committed(step)
+    if jax.process_index() == 0:
+      self._prune()
     self._hash(step)
 
   def _hash(self, step: int):
@@ -364,15 +378,13 @@ class Checkpoints:
     return epath.Path(processes.from_first(os.fspath(target)))  # all wait for it
 
 
-class _Manager(ocp.CheckpointManager):
-  def reached_preemption(self, step: int) -> bool:
-    """Only the loop asks for this: see `processes.Stopping`.
-
-    The runtime remembers at which moment a process asked last. Orbax would ask in every
-    save, with the number of the step: the processes then agree to stop at a moment that
-    is over, and never stop.
-    """
-    return False
+def _remove(path: epath.Path):
+  """Removes a checkpoint: killed on the way, none is left that looks whole."""
+  if is_remote(path):
+    (path / "commit_success.txt").unlink(missing_ok=True)
+  else:
+    path = path.rename(path.parent / f"{path.name}.removed")
+  path.rmtree(missing_ok=True)
 
 
 def _committed(path: epath.Path) -> bool:

@@ -96,7 +96,7 @@ class Meter:
   def _here(self):
     return self._spent + (time.monotonic() - self._began if self._began else 0.0)
 
-  def rate(self, step: int) -> float:
+  def speed(self, step: int) -> float:
     """Examples a second since the last line that was written."""
     marked, at = self._mark
     return (step - marked) * self._batch_size / max(self._here() - at, 1e-9)
@@ -111,7 +111,7 @@ class Meter:
     (marked, at), now = self._mark, self._here()
     steps = max(step - marked, 1)
     found = {
-      "perf/examples_per_s": self.rate(step),
+      "perf/examples_per_s": self.speed(step),
       "perf/train_seconds": self._before + now,
       "perf/step_seconds": (now - at) / steps,
     }
@@ -135,6 +135,15 @@ def upload(local: epath.Path, workdir):
     if source.is_file():
       target = epath.Path(workdir) / source.relative_to(local)
       target.write_bytes(source.read_bytes())
+
+
+def grids(views: dict) -> dict[str, np.ndarray]:
+  """Of arrays `[B, V, H, W, 3]` in [0, 1] a picture each, by name."""
+  return {
+    key: grid((np.asarray(x) * 255).round().astype(np.uint8))
+    for key, x in views.items()
+    if x.ndim == 5 and x.shape[-1] == 3
+  }
 
 
 def start_trace(workdir) -> Callable:

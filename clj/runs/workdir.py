@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 from importlib import metadata
 
@@ -21,7 +22,6 @@ FREE = (
   "profile",
   "data.data_dir",
   "data.threads",
-  "data.text.tokenizer",  # a path, perhaps: the run's own copy decides
 )
 
 # Of these keys, what may differ between the processes of a run.
@@ -57,6 +57,13 @@ def open_remote(path):
 def read_config(workdir) -> dict:
   """The config that the run in `workdir` was last started with."""
   return _history(workdir)[-1]["config"]
+
+
+def check_is_run(workdir):
+  """Raises UserError where `workdir` is not that of a run, of whatever version."""
+  open_remote(workdir)
+  if not _path(workdir).exists():
+    raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
 
 
 def check_config(workdir, config: dict):
@@ -108,11 +115,18 @@ def _path(workdir) -> epath.Path:
 def _history(workdir, missing=None) -> list[dict]:
   open_remote(workdir)
   path = _path(workdir)
-  if not path.exists():
-    if missing is None:
-      raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
+  if missing is None:
+    check_is_run(workdir)
+  elif not path.exists():
     return missing
-  return json.loads(path.read_text())
+  history = json.loads(path.read_text())
+  if "size" in history[-1]["config"].get("data", {}):
+    raise UserError(
+      f"{workdir} was written by an earlier version, whose configs had another form: "
+      "go on with that version (its revision is in config.json), or take another "
+      f"--workdir, there with --config.init_from={workdir} to start from its weights"
+    )
+  return history
 
 
 def _plain(config):
@@ -131,6 +145,8 @@ def _flat(config: dict, prefix: str = "") -> dict:
 
 
 def _free(key: str) -> bool:
+  if re.fullmatch(r"data\.columns\.\w+\.tokenizer", key):
+    return True  # a path, perhaps: the run's own copy decides
   return any(key == free or key.startswith(free + ".") for free in FREE)
 
 

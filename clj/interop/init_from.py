@@ -11,9 +11,7 @@ have our names. Layers may be one leaf for all ("blocks") or one for each ("bloc
 ...), there and here. Tables of positions are resized.
 """
 
-import dataclasses
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +19,31 @@ import numpy as np
 from etils import epath
 
 from clj import interop, sharding
+from clj.cli import UserError, load_recipe
+from clj.data import text
+from clj.models.vit import resize_positions
 from clj.runs import workdir
 from clj.runs.checkpoint import CheckpointError, Checkpoints
-from clj.models.vit import resize_positions
-from clj.cli import UserError
 
 
 def config_of(path: str) -> dict | None:
   """The config that `init_from` may name, such as "configs/lit.py:tower"; else None."""
-  if not (found := re.fullmatch(r"(.+\.py)(?::(\w+))?", path)):
-    return None
-  if not epath.Path(found[1]).exists():
-    raise UserError(f"init_from {path}: there is no file {found[1]}")
-  return runpy.run_path(found[1])["get_config"](found[2]).to_dict()
+  return load_recipe(path) if re.fullmatch(r".+\.py(:\w+)?", path) else None
 
 
-def init_from(state, path, rename=()):
-  """Replaces leaves of `state.params` and `state.extra` by those found in `path`.
+def init_from(params, extra, path, rename=(), columns=None):
+  """Replaces leaves of `params` and `extra` by those found in `path`.
 
   path: a workdir (its newest intact checkpoint), WORKDIR/checkpoints/STEP, or a
     safetensors file or a directory with one: tensors named like leaves, with or without
     "params/", or in a layout that `clj.interop` knows.
-  Returns (state, report). Leaves keep the sharding and dtype they have in `state`; one
-  of another shape is refused and stays fresh. Raises ValueError if nothing fits.
+  columns: `Data.saved` of what the weights shall be trained on.
+  Returns (params, extra, report). Leaves keep the sharding and dtype that they have;
+  one of another shape is refused and stays fresh. Raises UserError if nothing fits, or
+  where a table of tokens was learned with other ids.
   """
   found, told = _read(path)
-  target = {"params": state.params, "extra": state.extra}
+  target = {"params": params, "extra": extra}
   names = [sharding.name(p) for p, _ in jax.tree_util.tree_leaves_with_path(target)]
   leaves, structure = jax.tree.flatten(target)
   fresh = dict(zip(names, leaves))
@@ -81,7 +78,28 @@ def init_from(state, path, rename=()):
     + _section("refused", refused)
     + _section("not used", unused)
   )
-  return dataclasses.replace(state, **merged), report
+  _check_columns(path, columns or {}, taken)
+  return merged["params"], merged["extra"], report
+
+
+def _check_columns(path, columns: dict, taken: dict):
+  """Refuses a table of tokens whose ids mean something else in the data."""
+  root = epath.Path(path)
+  root = root.parent.parent if root.parent.name == "checkpoints" else root
+  if not any(name.endswith("/token") for name in taken):
+    return
+  if interop.files.is_weights(root) or not (root / "config.json").exists():
+    return
+  for name, saved in columns.items():
+    vocabulary = root / text.directory(name)
+    if not (vocabulary / "settings.json").exists():
+      continue
+    there = text.load(vocabulary).settings
+    if {**there, "length": 0} != {**saved, "length": 0}:
+      raise UserError(
+        f"init_from {path}: its tokens are those of another vocabulary; set "
+        f"data.columns.{name}.tokenizer={vocabulary}, or leave them out by init_rename"
+      )
 
 
 class Layers:
@@ -180,7 +198,7 @@ def _read(path) -> tuple[dict, list[str]]:
   if path.parent.name == "checkpoints" and path.name.isdigit():
     checkpoints, step = Checkpoints(path.parent.parent), int(path.name)
   else:
-    workdir.read_config(path)  # says in one line if this is no workdir
+    workdir.check_is_run(path)
     checkpoints = Checkpoints(path)
     intact = [s for s in checkpoints.steps() if checkpoints.fault(s) is None]
     if not intact:
