@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from clj.cli import UserError
 from clj.evals.rows import (
   check_rows,
+  check_widths,
   class_count,
   context_mesh,
   fetch,
@@ -66,11 +67,7 @@ def knn(
   """
   check_rows("train", train_features, train_labels)
   check_rows("test", test_features, test_labels)
-  if train_features.shape[1:] != test_features.shape[1:]:
-    raise UserError(
-      f"features of shape {train_features.shape} and {test_features.shape}: "
-      "train and test must have one width"
-    )
+  check_widths(train_features, test_features)
   if k < 1 or temperature <= 0:
     raise UserError(f"k={k}, temperature={temperature}: both must be positive")
   mesh = context_mesh()
