@@ -276,9 +276,10 @@ class _Walk:
     """
     body = self.computations[name]
     host = host or name  # the computation that is executed: not a fusion's inside
+    parts = self.parts_of(body)
     for one in body.instructions.values():
       opcode = one.opcode
-      mine = self.part(one) or part
+      mine = parts[one.name] or part
       if opcode in PRODUCTS:
         self.add(mine, _flops(one, body), times)
       if opcode.removesuffix("-start") in KINDS:
@@ -299,6 +300,29 @@ class _Walk:
         self.branches(one, times, fused, mine)
       elif opcode == "while":
         self.loop(one, body, times, known, mine)
+
+  def parts_of(self, body) -> dict[str, str | None]:
+    """The part of each instruction; copies that the compiler made belong to a user."""
+    parts = {name: self.part(one) for name, one in body.instructions.items()}
+    # What comes from the program has a path, an argument its name.
+    nameless = [
+      one
+      for name, one in body.instructions.items()
+      if parts[name] is None and "/" not in _place(one)
+    ]
+    users = {}
+    for one in body.instructions.values():
+      if one.opcode != "tuple":  # the results, which would tell nothing
+        for x in one.operands:
+          users.setdefault(x, []).append(one.name)
+    for one in reversed(nameless):
+      parts[one.name] = next(
+        (parts[x] for x in users.get(one.name, ()) if parts[x]), None
+      )
+    for one in nameless:  # of results: of what made them
+      made = (parts[x] for x in one.operands if parts[x])
+      parts[one.name] = parts[one.name] or next(made, None)
+    return parts
 
   def part(self, one) -> str | None:
     """The part of an instruction by its name, of a fusion by most of what it does."""
