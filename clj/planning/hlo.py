@@ -308,7 +308,8 @@ class _Walk:
     nameless = [
       one
       for name, one in body.instructions.items()
-      if parts[name] is None and "/" not in _place(one)
+      if parts[name] is None
+      and ("/" not in _place(one) or one.opcode in ("get-tuple-element", "bitcast"))
     ]
     users = {}
     for one in body.instructions.values():
