@@ -63,14 +63,14 @@ def _heads_fwd(q, k, v, seen):
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - scores.max(-1, keepdims=True))  # but for their sum
   r = 1 / weights.sum(-1, keepdims=True)
-  y = _batched(weights, v, 3, 2) * r
-  return y, (q, k, v, seen, weights, r, y)
+  return _batched(weights, v, 3, 2) * r, (q, k, v, seen, weights, r)
 
 
 def _heads_bwd(saved, g):
-  q, k, v, seen, weights, r, y = saved
-  mean = (g * y).sum(-1, keepdims=True)  # of the weights' gradients
-  scores = weights * ((_batched(g, v, 3, 3) - mean) * r)
+  q, k, v, seen, weights, r = saved
+  along = _batched(g, v, 3, 3)
+  mean = (weights * along).sum(-1, keepdims=True) * r
+  scores = weights * ((along - mean) * r)
   if seen is not None:  # a row that sees nothing has weights too
     scores = jnp.where(seen, scores, 0.0)
   dq, dk = _batched(scores, k, 3, 2), _batched(scores, q, 2, 2)
