@@ -109,9 +109,7 @@ class Record:
 
   def _evaluation_due(self, step):
     regular = self._eval_every > 0 and step % self._eval_every == 0
-    return self._has_evals and (
-      step in (0, self._total_steps) or regular
-    )
+    return self._has_evals and (step in (0, self._total_steps) or regular)
 
   def _settle(self):
     """Writes the metrics of the last step, once the device has finished it."""
