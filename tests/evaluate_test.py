@@ -73,12 +73,14 @@ def test_evaluations_have_data_of_their_own():
     "zeroshot": {"templates": ("a {}",)},
     "seen": {"name": "zeroshot", "data": {"source": DATA["source"],
                                           "test_split": "seen[:50]"}},
-    "shapes": {"name": "zeroshot", "data": {"source": "shapes"}},
+    "shapes": {"name": "zeroshot", "data": {"source": "shapes",
+                                            "test_split": "test[:60]"}},
     "retrieval": {},
     "retrieval_train": {"name": "retrieval", "data": {
       "source": DATA["source"], "test_split": "train[:40]",
       "columns": {"text": {"field": "caption"}}}},
-    "knn": {"k": 5, "data": {"source": "shapes", "train_split": "test[:200]"}},
+    "knn": {"k": 5, "data": {"source": "shapes", "train_split": "test[:200]",
+                             "test_split": "test[:40]"}},
     "linear_probe": {"final_only": True, "epochs": 2},
     "accuracy": {},
   }  # fmt: skip
@@ -92,7 +94,8 @@ def test_evaluations_have_data_of_their_own():
     assert one[key] == pytest.approx(eight[key], abs=1e-6), key
   assert one["eval/zeroshot/chance"] == one["eval/seen/chance"] == 1 / 72
   assert one["eval/shapes/chance"] == one["eval/knn/chance"] == 1 / 9
-  assert one["eval/knn/most_frequent"] > 1 / 9
+  labels = open_data({"source": "shapes"}).split("test[:40]").labels()
+  assert one["eval/knn/most_frequent"] == np.bincount(labels).max() / 40 > 1 / 9
   assert one["eval/retrieval/text_to_image/untrained@10"] == pytest.approx(
     one["eval/retrieval/text_to_image/recall@10"]
   )
@@ -301,6 +304,46 @@ def test_the_best_checkpoint_follows_a_value_that_comes():
   assert best_metric(evals) == ("eval/retrieval/text_to_image/recall@5", 1)
   del evals["retrieval"]
   assert best_metric(evals) == ("eval/knn/top1", 1)
+
+
+class Board:
+  """A writer that keeps the pictures."""
+
+  def __init__(self):
+    self.pictures = []
+
+  def picture(self, name, picture, step):
+    self.pictures.append((name, picture, step))
+
+
+def test_neighbours_are_drawn_once_and_of_pictures_alone():
+  data = open_data(DATA | {"test_split": "train[:100]"})
+  evals = {
+    "knn": {"k": 5, "layer": "features"},
+    "knn20": {"name": "knn", "k": 20},
+    "text": {"name": "knn", "layer": "text"},
+  }
+  board = Board()
+  with on(2):
+    run = evaluation(evals, data)
+    run(0, writer=board)
+    assert not board.pictures
+    run(4, writer=board)
+  ((name, picture, step),) = board.pictures
+  assert (name, step) == ("neighbours", 4) and picture.dtype == np.uint8
+  side = 32 + 2  # with its border
+  assert abs(picture.shape[0] - 8 * side) <= 2 and abs(picture.shape[1] - 9 * side) <= 2
+  first, second = (picture[2:34, left : left + 32] for left in (2, 36))
+  np.testing.assert_array_equal(first, second)  # each is nearest to itself
+  assert first.std() > 5
+
+
+def test_pixels_are_a_baseline_in_memory_alone():
+  streamed = open_data(DATA, memory_limit=0)
+  with on(2):
+    found = evaluation({"knn": {"k": 5}}, streamed)(0)
+  assert "eval/knn/raw_pixels" not in found
+  assert found["eval/knn/chance"] == 1 / 72 and "eval/knn/untrained" in found
 
 
 def test_a_table_has_each_protocol_once():

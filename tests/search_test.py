@@ -18,61 +18,17 @@ import pytest
 from PIL import Image
 
 import clj
-from clj import embed, methods, search, sharding
-from clj.data import Want, ingest, open_data, open_source
+from clj import embed, methods, search
+from clj.data import Want, ingest, open_source
 from clj.data.shapes import compositions
-from clj.evals.embedder import programs
 from clj.index import build, find
 from clj.index import store as index
 from clj.losses import l2_normalize
-from clj.methods import make_method
-from clj.runs import checkpoint, workdir
 from configs import clip, simclr
+from tests.written_run import PAIRS, PICTURES_ALONE, write_run
 
 PICTURES = 21
 BAD = (2, 7, 8, 20)  # of them
-
-
-VIEWS = {"name": "views", "size": 32, "views": 2}
-PICTURES_ALONE = {
-  "source": "shapes",
-  "test_split": "test[:256]",
-  "columns": {"image": {"kind": "image"}, "label": {"kind": "label"}},
-  "augment": {"image": VIEWS},
-}
-PAIRS = {
-  "source": "shapes/compositions",
-  "train_split": "train[:99]",
-  "test_split": "test[:256]",
-  "columns": {
-    "image": {"kind": "image", "eval_crop": 1.0},
-    "text": {"kind": "text", "field": "caption", "tokenizer": "words", "length": 16},
-    "label": {"kind": "label"},
-  },
-  "augment": {"image": VIEWS | {"views": 1}},
-}
-
-
-def write_run(directory, config, data, method=None):
-  """A workdir whose weights are those of a start, as `interop.convert` makes one."""
-  config = config | {"data": data}
-  opened = open_data(data, workdir=directory)
-  batch = {key: np.zeros((2, *x.shape), x.dtype) for key, x in opened.spec.items()}
-  if "image" in batch:
-    batch["image"] = np.zeros((2, 2, 32, 32, 3), np.float32)
-  method = method or make_method(config["method"], config["model"], 2)
-  params, extra = jax.jit(method.init)(jax.random.key(config["seed"]), batch)
-  workdir.record_config(directory, config, 0)
-  checkpoints = checkpoint.Checkpoints(directory)
-  state = {
-    "params": params,
-    "extra": extra,
-    "opt_state": jax.tree.map(np.ones_like, params),
-  }
-  clock = {"seconds": 0.0, "columns": opened.saved}
-  checkpoints.save(0, state, clock, {})
-  checkpoints.close()
-  return directory
 
 
 @pytest.fixture(scope="module")
@@ -468,34 +424,6 @@ def test_arrays_are_embedded(tmp_path, monkeypatch):
   made = model.embed(model.params, model.extra, model.inputs["x"](list(x)))["features"]
   np.testing.assert_allclose(made / np.linalg.norm(made, axis=1, keepdims=True), z,
                              atol=1e-5)  # fmt: skip
-
-
-def test_a_run_is_loaded_split_and_without_its_optimiser(run, monkeypatch):
-  """What needs fsdp is evaluated and embedded without being whole on one device."""
-  read, restore = [], checkpoint.Checkpoints.restore_tree
-
-  def spy(self, step, make_sharding=None, parts=None):
-    read.append(parts)
-    return restore(self, step, make_sharding, parts)
-
-  monkeypatch.setattr(checkpoint.Checkpoints, "restore_tree", spy)
-  monkeypatch.setattr(sharding, "SMALL", 64)
-  mesh = sharding.make_mesh(2, 4)
-  with jax.set_mesh(mesh):
-    model = clj.load(run, mesh=mesh)
-    batch = jax.device_put(
-      {"image": np.random.default_rng(0).random((8, 1, 32, 32, 3), np.float32)},
-      sharding.batch_sharding(mesh),
-    )
-    embed = programs(model.embed).embed
-    z = embed(model.params, model.extra, batch, ("image",))["image"]
-  assert read == [("params", "extra")]
-  kernel = model.params["image_head"]["kernel"]
-  assert kernel.addressable_shards[0].data.size == kernel.size // 4
-  whole = clj.load(run)
-  expected = whole.embed(whole.params, whole.extra, jax.device_get(batch))["image"]
-  np.testing.assert_allclose(z, expected, atol=0.02)  # bfloat16
-  assert build.fingerprint(model) == build.fingerprint(whole)
 
 
 def test_what_is_wrong_is_said_in_a_line(run, photos, tmp_path, capsys):

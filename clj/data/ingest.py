@@ -40,6 +40,7 @@ from clj.cli import UserError
 from clj.data import files, images, shards, tables
 from clj.data.columns import class_text, distinct, strings
 from clj.data.source import DataError, Want, first_line
+from clj.runs import whole
 
 MAX_PIXELS = images.MAX_PIXELS
 _REASONS = 100  # that are kept of a part
@@ -147,7 +148,7 @@ def ingest(
     noted = _read_json(os.path.join(work, "plan.json"), None)
     if noted is None:
       noted = {"source": source, "identity": plan.identity, "parts": len(plan.parts)}
-      _write(os.path.join(work, "plan.json"), json.dumps(noted))
+      whole.write(os.path.join(work, "plan.json"), json.dumps(noted).encode())
     if noted["identity"] != plan.identity:
       raise DataError(
         f"{work} is of an ingest that was not finished, of {noted['source']} with other"
@@ -481,7 +482,7 @@ def _work(plan, out, work, threads) -> list[dict]:
     path = os.path.join(work, f"{i:05d}.array_record")
     note = _write_part(parts[i], path, progress, stop)
     if note is not None:
-      _write(notes[i], json.dumps(note))
+      whole.write(notes[i], json.dumps(note).encode())
       done[i] = note
       progress.part()
 
@@ -619,12 +620,14 @@ def _finish(plan, out, work, done, source, made) -> dict:
     }
   names = {split["name"] for split in splits}
   kept = [s for s in info["splits"] if s["name"] not in names and not plan.features]
-  _write(path, json.dumps(info | {"splits": kept + splits}, indent=1))
+  whole.write(path, json.dumps(info | {"splits": kept + splits}, indent=1).encode())
   noted = {
     split: {"source": source, "identity": plan.identity, **counts}
     for split, counts in result.items()
   }
-  _write(os.path.join(out, "ingest.json"), json.dumps(made | noted, indent=1))
+  whole.write(
+    os.path.join(out, "ingest.json"), json.dumps(made | noted, indent=1).encode()
+  )
   _remove(work)
   return result
 
@@ -680,15 +683,6 @@ def _equal(path, other):
     return False
   with open(path, "rb") as a, open(other, "rb") as b:
     return a.read() == b.read()
-
-
-def _write(path, content):
-  partial = path + ".partial"
-  with open(partial, "w") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def _read_json(path, missing):

@@ -152,30 +152,52 @@ def make_embedder(
   """
   known, run = known or memory(), run or data
   batches = _Batches(data, batch_size, stopping)
-  outputs_of = {}  # columns, rename -> what the method makes of them
+  model = _Model(compiled, params, extra, data, run, known, batches)
+  return Embedder(
+    model.rows,
+    model.stream,
+    model.texts,
+    model.source,
+    model.columns,
+    model.views,
+    model.raw,
+    model.expect,
+  )
 
-  def source(split):
+
+class _Model:
+  """What an `Embedder` is made of."""
+
+  def __init__(self, compiled, params, extra, data, run, known, batches):
+    self._compiled, self._params, self._extra = compiled, params, extra
+    self._data, self._run, self._known, self._batches = data, run, known, batches
+    self._made = {}  # columns, rename, of which data -> outputs
+
+  def source(self, split):
     if not isinstance(split, str):
       return split
-    return getattr(data, split) if split in ("train", "test") else data.split(split)
+    named = split in ("train", "test")
+    return getattr(self._data, split) if named else self._data.split(split)
 
-  def made_of(names, rename, where):
+  def _made_of(self, names, rename, where):
     """The outputs of a set of columns; none where the method looks for others."""
-    key = (names, rename, where is run)
-    if key not in outputs_of:
-      batch = batches.shapes(names, dict(rename), where.columns)
+    key = (names, rename, where is self._run)
+    if key not in self._made:
+      batch = self._batches.shapes(names, dict(rename), where.columns)
       try:
-        outputs_of[key] = tuple(compiled.shapes(params, extra, batch))
+        found = self._compiled.shapes(self._params, self._extra, batch)
+        self._made[key] = tuple(found)
       except KeyError:  # a column that the method takes for granted
-        outputs_of[key] = ()
-    return outputs_of[key]
+        self._made[key] = ()
+    return self._made[key]
 
-  def columns(output, rename=None, of_run=False):
-    where, rename = run if of_run else data, tuple(sorted((rename or {}).items()))
+  def columns(self, output, rename=None, of_run=False):
+    where = self._run if of_run else self._data
+    rename = tuple(sorted((rename or {}).items()))
     there = _in_use(where.columns, dict(rename))
     sets = [(name,) for name in there]
     sets += [there] * (len(there) > 1)  # before the others, of which there are many
-    makes = lambda names: made_of(names, rename, where)
+    makes = lambda names: self._made_of(names, rename, where)
     found = next((names for names in sets if output in makes(names)), None)
     if found is None:
       every = sorted({name for names in sets for name in makes(names)})
@@ -189,86 +211,88 @@ def make_embedder(
           return {name: where.columns[name] for name in names}
     return {name: where.columns[name] for name in found}
 
-  def by_columns(outputs, rename, of_run=False):
+  def _by_columns(self, outputs, rename=None, of_run=False):
     """{names of columns: the outputs that are made of them}."""
     groups = {}
     for output in sorted(outputs):
-      made = tuple(columns(output, rename, of_run))
+      made = tuple(self.columns(output, rename, of_run))
       groups.setdefault(made, []).append(output)
     return groups
 
-  def embed(batch, outputs):
-    return compiled.embed(params, extra, batch, tuple(outputs))
+  def _embed(self, batch, outputs):
+    return self._compiled.embed(self._params, self._extra, batch, tuple(outputs))
 
-  def passing(split, names, outputs, rename, each=None):
-    for batch, about in batches(source(split), names, rename, each):
-      yield embed(batch, outputs) | about
+  def _passing(self, split, names, outputs, rename, each=None):
+    for batch, about in self._batches(self.source(split), names, rename, each):
+      yield self._embed(batch, outputs) | about
 
-  def asked(split, rename, each):
-    return Asked(id(source(split)), tuple(sorted((rename or {}).items())), each)
+  def _asked(self, split, rename=None, each=None):
+    return Asked(id(self.source(split)), tuple(sorted((rename or {}).items())), each)
 
-  def expect(split, outputs, rename=None, each=None):
-    known.expected.setdefault(asked(split, rename, each), set()).update(outputs)
+  def expect(self, split, outputs, rename=None, each=None):
+    key = self._asked(split, rename, each)
+    self._known.expected.setdefault(key, set()).update(outputs)
 
-  def rows(split, outputs, rename=None, each=None):
-    key = asked(split, rename, each)
-    have = known.rows.setdefault(key, {})
-    wanted = {*outputs, *known.expected.get(key, ())} - set(have)
-    for names, group in by_columns(wanted, rename).items():
+  def rows(self, split, outputs, rename=None, each=None):
+    key = self._asked(split, rename, each)
+    have = self._known.rows.setdefault(key, {})
+    wanted = {*outputs, *self._known.expected.get(key, ())} - set(have)
+    for names, group in self._by_columns(wanted, rename).items():
       if not set(group) & set(outputs):
         continue  # of another pass, which may never be needed
-      found = passing(split, names, group, rename, each)
-      have |= _collect(found, batches.count(source(split), each))
+      found = self._passing(split, names, group, rename, each)
+      have |= _collect(found, self._batches.count(self.source(split), each))
     beside = ("label", "index", "place") if each else ("label", "index")
     return {name: have[name] for name in (*outputs, *beside)}
 
-  def stream(split, outputs, rename=None):
+  def stream(self, split, outputs, rename=None):
     streams = [
-      passing(split, names, group, rename)
-      for names, group in by_columns(outputs, rename).items()
+      self._passing(split, names, group, rename)
+      for names, group in self._by_columns(outputs, rename).items()
     ]
     for parts in zip(*streams, strict=True):
       yield {name: x for part in parts for name, x in part.items()}
 
-  def raw(split, describe, column):
-    have, key = known.rows.setdefault(asked(split, None, None), {}), (describe, column)
+  def raw(self, split, describe, column):
+    have = self._known.rows.setdefault(self._asked(split), {})
+    key, source = (describe, column), self.source(split)
     if key not in have:
       found = (
         {"made": _described(describe, batch[column])} | about
-        for batch, about in batches(source(split), (column,), None)
+        for batch, about in self._batches(source, (column,), None)
       )
-      found = _collect(found, batches.count(source(split)))
+      found = _collect(found, self._batches.count(source))
       have |= {key: found.pop("made")} | found
     about = {name: have[name] for name in ("label", "index")}
     return {describe.__name__: have[key]} | about
 
-  def texts(strings, outputs):
+  def texts(self, strings, outputs):
     parts = []
-    for (name,), group in by_columns(outputs, None, of_run=True).items():
-      for batch in batches.of_strings(strings, run.columns[name]):
-        parts.append({name: fetch(z) for name, z in embed(batch, group).items()})
+    for (name,), group in self._by_columns(outputs, of_run=True).items():
+      for batch in self._batches.of_strings(strings, self._run.columns[name]):
+        parts.append({o: fetch(z) for o, z in self._embed(batch, group).items()})
     gather = lambda name: np.concatenate([p[name] for p in parts if name in p])
     return {name: gather(name)[: len(strings)] for name in outputs}
 
-  def views(split, outputs, count):
-    if compiled.augment is None:
+  def views(self, split, outputs, count):
+    if self._compiled.augment is None:
       return []
-    taken = batches(source(split), batches.there(source(split)), None, rows=count)
+    source = self.source(split)
+    taken = self._batches(source, self._batches.there(source), None, rows=count)
     with contextlib.closing(taken):
       batch, about = next(taken)
-    made = compiled.augment(batch)
-    used = {name: data.columns[name] for o in outputs for name in columns(o)}
-    used = batches.shapes(used, {}, used)
+    made = self._compiled.augment(batch)
+    used = {n: self._data.columns[n] for o in outputs for n in self.columns(o)}
+    used = self._batches.shapes(used, {}, used)
     grew = lambda x, old: x.ndim == old.ndim > 2 and x.shape[1] > old.shape[1] == 1
     several = [key for key in used if grew(made[key], batch[key])]
-    filled = min(len(about["index"]), count, len(source(split)))
+    filled = min(len(about["index"]), count, len(source))
     found = []
     for v in range(min((made[key].shape[1] for key in several), default=0)):
       seen = {k: made[k][:, v : v + 1] if k in several else batch[k] for k in used}
-      found.append({o: z[:filled] for o, z in embed(seen, sorted(outputs)).items()})
+      z = self._embed(seen, sorted(outputs))
+      found.append({output: z[output][:filled] for output in outputs})
     return found
-
-  return Embedder(rows, stream, texts, source, columns, views, raw, expect)
 
 
 class _Batches:

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from clj.cli import UserError
 from clj.evals.rows import (
   check_rows,
+  check_widths,
   class_count,
   context_mesh,
   fetch,
@@ -65,13 +67,9 @@ def knn(
   """
   check_rows("train", train_features, train_labels)
   check_rows("test", test_features, test_labels)
-  if train_features.shape[1:] != test_features.shape[1:]:
-    raise ValueError(
-      f"features of shape {train_features.shape} and {test_features.shape}: "
-      "train and test must have one width"
-    )
+  check_widths(train_features, test_features)
   if k < 1 or temperature <= 0:
-    raise ValueError(f"k={k}, temperature={temperature}: both must be positive")
+    raise UserError(f"k={k}, temperature={temperature}: both must be positive")
   mesh = context_mesh()
   bank = shard_rows(train_features, mesh, 1), shard_rows(train_labels, mesh, 1, -1)
   queries = max(1, QUERIES // mesh.size)
@@ -83,7 +81,7 @@ def knn(
   found = jax.device_get(count(*bank, *tests, jnp.float32(temperature)))
   for name in ("train", "test"):
     if not found[name]:
-      raise ValueError(f"no labelled row among the {name} features")
+      raise UserError(f"no labelled row among the {name} features")
   result = {"top1": float(found["top1"] / found["test"])}
   if num_classes > 5:
     result["top5"] = float(found["top5"] / found["test"])

@@ -15,7 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from clj.cli import UserError
-from clj.evals.rows import check_rows, class_count, context_mesh, shard_rows
+from clj.evals.rows import (
+  check_rows,
+  check_widths,
+  class_count,
+  context_mesh,
+  shard_rows,
+)
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 BEYOND = np.iinfo(np.int32).max
@@ -65,11 +71,7 @@ def linear_probe(
   """
   check_rows("train", train_features, train_labels)
   check_rows("test", test_features, test_labels)
-  if train_features.shape[1] != test_features.shape[1]:
-    raise UserError(
-      f"features of shape {train_features.shape} and {test_features.shape}: "
-      "train and test must have one width"
-    )
+  check_widths(train_features, test_features)
   if not 0 < held_out < 1 or epochs < 1 or not learning_rates:
     raise UserError(
       f"held_out={held_out}, epochs={epochs}, learning_rates={learning_rates}: "
@@ -95,6 +97,10 @@ def linear_probe(
       epochs=int(epochs),
     )
   )
+  return _values(found, learning_rates)
+
+
+def _values(found: dict, learning_rates) -> dict[str, float]:
   for name in ("train", "held_out", "test"):
     if not found[f"{name}_rows"]:
       raise UserError(f"no labelled row among the {name} features")
@@ -133,19 +139,6 @@ def _run(
 ):
   """Trains all classifiers `[d, 2, rates, classes]` at once; counts right answers."""
 
-  def split(features, labels, rows):
-    """Batches `[steps, B, d]` and `[steps, B]`, split over the devices along B."""
-    spec = PartitionSpec(None, mesh.axis_names)
-    sharding = jax.sharding.NamedSharding(mesh, spec)
-    # A column at a time: no device ever holds all features of all devices.
-    columns = jax.lax.map(
-      lambda column: column.at[rows].get(mode="fill", fill_value=0),
-      features.astype(jnp.float32).T,
-    )
-    x = jax.lax.with_sharding_constraint(jnp.moveaxis(columns, 0, -1), sharding)
-    y = labels.at[rows].get(mode="fill", fill_value=-1)
-    return x, jax.lax.with_sharding_constraint(y, sharding)
-
   def predict(params, x):
     kernel, bias = params
     return jnp.einsum("bd,dtgc->btgc", x, kernel) + bias[None]
@@ -162,7 +155,7 @@ def _run(
     best = jnp.argmax(predict(params, x), axis=-1)
     return (best == y[:, None, None]) & (y >= 0)[:, None, None]
 
-  x, y = split(features, labels, train_rows)
+  x, y = _split(features, labels, train_rows, mesh)
   weight = (y >= 0)[..., None].astype(jnp.float32)
   count = jnp.maximum(jnp.sum(weight), 1.0)
   mean = jnp.sum(x * weight, axis=(0, 1)) / count
@@ -199,7 +192,7 @@ def _run(
   def count_test(batch):
     return jnp.sum(right(*batch)[:, 1], axis=0)
 
-  test_x, test_y = split(test_features, test_labels, test_rows)
+  test_x, test_y = _split(test_features, test_labels, test_rows, mesh)
   return {
     "train_rows": jnp.sum(y >= 0),
     "held_out": jnp.sum(jax.lax.map(count_held_out, (x, y, is_held_out)), axis=0),
@@ -207,6 +200,20 @@ def _run(
     "test": jnp.sum(jax.lax.map(count_test, (standardize(test_x), test_y)), axis=0),
     "test_rows": jnp.sum(test_y >= 0),
   }
+
+
+def _split(features, labels, rows, mesh: Mesh):
+  """Batches `[steps, B, d]` and `[steps, B]`, split over the devices along B."""
+  spec = PartitionSpec(None, mesh.axis_names)
+  sharding = jax.sharding.NamedSharding(mesh, spec)
+  # A column at a time: no device ever holds all features of all devices.
+  columns = jax.lax.map(
+    lambda column: column.at[rows].get(mode="fill", fill_value=0),
+    features.astype(jnp.float32).T,
+  )
+  x = jax.lax.with_sharding_constraint(jnp.moveaxis(columns, 0, -1), sharding)
+  y = labels.at[rows].get(mode="fill", fill_value=-1)
+  return x, jax.lax.with_sharding_constraint(y, sharding)
 
 
 def run(

@@ -1,6 +1,7 @@
 """The evaluations of a config, one after the other, on one model at work."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -67,57 +68,55 @@ def make_evaluate(
   plans = [_plan(label, options, data) for label, options in evals.items()]
   compiled, checked = programs(embed, augment), []
 
-  def at_work(params, extra, stopping=never) -> list[Embedder]:
-    """One for each plan; what they embed is shared."""
-    known, of_data = memory(), {}
-    for plan in plans:
-      if id(plan.data) not in of_data:
-        of_data[id(plan.data)] = make_embedder(
-          compiled,
-          params,
-          extra,
-          plan.data,
-          batch_size=batch_size,
-          run=data,
-          known=known,
-          stopping=stopping,
-        )
-    return [of_data[id(plan.data)] for plan in plans]
-
-  def check(embedders):
-    for plan, embedder in zip(plans, embedders):
+  def at_work(params, extra, stopping=never):
+    """Each plan with the model at work on its data; all checked, once."""
+    on_data = functools.partial(
+      make_embedder,
+      compiled,
+      params,
+      extra,
+      batch_size=batch_size,
+      run=data,
+      known=memory(),
+      stopping=stopping,
+    )
+    found = {id(plan.data): on_data(plan.data) for plan in plans}
+    pairs = [(plan, found[id(plan.data)]) for plan in plans]
+    for plan, embedder in () if checked else pairs:
       _check(plan, embedder)
     checked.append(True)
+    return pairs
 
   if shapes is not None:
-    check(at_work(*shapes))
-
-  def measure(params, extra, step, final, writer, stopping):
-    embedders = at_work(params, extra, stopping)
-    if not checked:
-      check(embedders)
-    due = [x for x in zip(plans, embedders) if final or not x[0].final_only]
-    for plan, embedder in due:
-      for split, output, *how in plan.evaluation.takes(embedder, **plan.options):
-        embedder.expect(split, (output,), *how)
-    metrics = {}
-    for plan, embedder in due:
-      values = plan.evaluation.run(embedder, **plan.options)
-      if step and (line := plan.evaluation.warning(values)):
-        print(line, flush=True)  # at step 0 a network may well look bad
-      values["records"] = float(len(embedder.source("test")))
-      if step == 0:
-        values |= _beside(plan, embedder, values, start)
-      metrics |= {f"eval/{plan.label}/{key}": value for key, value in values.items()}
-    if step and writer is not None and jax.process_count() == 1:
-      _draw(due, writer, step)
-    return metrics
+    at_work(*shapes)
 
   def evaluate(params, extra, step, final, writer=None, stopping=never):
     with contextlib.suppress(Stopped):
-      return measure(params, extra, step, final, writer, stopping)
+      pairs = at_work(params, extra, stopping)
+      due = [(p, embedder) for p, embedder in pairs if final or not p.final_only]
+      metrics = _measure(due, step, start)
+      if step and writer is not None and jax.process_count() == 1:
+        _draw(due, writer, step)
+      return metrics
 
   return evaluate
+
+
+def _measure(due: list[tuple[Planned, Embedder]], step: int, start: str) -> dict:
+  """Metrics of the evaluations that are due, by their whole names."""
+  for plan, embedder in due:
+    for split, output, *how in plan.evaluation.takes(embedder, **plan.options):
+      embedder.expect(split, (output,), *how)
+  metrics = {}
+  for plan, embedder in due:
+    values = plan.evaluation.run(embedder, **plan.options)
+    if step and (line := plan.evaluation.warning(values)):
+      print(line, flush=True)  # at step 0 a network may well look bad
+    values["records"] = float(len(embedder.source("test")))
+    if step == 0:
+      values |= _beside(plan, embedder, values, start)
+    metrics |= {f"eval/{plan.label}/{key}": value for key, value in values.items()}
+  return metrics
 
 
 def _plan(label: str, options: dict, data) -> Planned:

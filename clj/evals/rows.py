@@ -54,6 +54,15 @@ def check_rows(name: str, features, labels):
     )
 
 
+def check_widths(train_features, test_features):
+  """Refuses features of training and test rows that cannot be compared."""
+  if train_features.shape[1:] != test_features.shape[1:]:
+    raise UserError(
+      f"features of shape {train_features.shape} and {test_features.shape}: "
+      "train and test must have one width"
+    )
+
+
 def normalize(x: jax.Array) -> jax.Array:
   """Rows of length 1, in float32; rows of zeros stay."""
   x = x.astype(jnp.float32)

@@ -22,12 +22,12 @@ A file is written beside, put on the disk and renamed: where it is, it is whole.
 import dataclasses
 import json
 import os
-import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from clj.cli import UserError
+from clj.runs import whole
 
 FORMATS = ("parquet", "npy")
 MODALITIES = ("image", "text")
@@ -60,7 +60,7 @@ class Index:
     """Writes index.json; returns the index with `more` in it."""
     index = dataclasses.replace(self, info=self.info | more)
     text = json.dumps(index.info, indent=1) + "\n"
-    _write(os.path.join(self.directory, "index.json"), lambda f: f.write(text.encode()))
+    whole.write(os.path.join(self.directory, "index.json"), text.encode())
     return index
 
   def write(self, part: int, embedding: np.ndarray, columns: dict, notes: dict):
@@ -71,8 +71,8 @@ class Index:
     """
     if self.info["format"] == "npy":
       text = json.dumps(columns | {"notes": notes}, ensure_ascii=False)
-      _write(f"{self._stem(part)}.json", lambda f: f.write(text.encode()))
-      _write(self.file(part), lambda f: np.save(f, embedding))
+      whole.write(f"{self._stem(part)}.json", text.encode())
+      whole.write(self.file(part), lambda file: np.save(file, embedding))
       return
     import pyarrow as pa
     from pyarrow import parquet
@@ -96,7 +96,9 @@ class Index:
     table = pa.table(arrays, schema=schema)
     options = {"row_group_size": BLOCK, "compression": "none"}
     options |= {"use_dictionary": ["modality", "label"]}
-    _write(self.file(part), lambda f: parquet.write_table(table, f, **options))
+    whole.write(
+      self.file(part), lambda file: parquet.write_table(table, file, **options)
+    )
 
   def notes(self, part: int) -> dict:
     """What `write` was given of a part."""
@@ -176,15 +178,3 @@ def open_index(directory: str) -> Index:
   except (ValueError, AttributeError) as error:
     raise UserError(f"{path} is not of an index ({error})") from None
   return Index(directory, info)
-
-
-def _write(path: str, write: Callable):
-  folder, name = os.path.split(path)
-  # Several processes may write index.json at the same time, the same in it.
-  own = f"{platform.node()}-{os.getpid()}"
-  partial = os.path.join(folder, f".{name}.{own}.partial")
-  with open(partial, "wb") as file:
-    write(file)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
