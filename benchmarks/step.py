@@ -1,11 +1,18 @@
-"""Speed of a SimCLR train step on given views, beside PyTorch doing the same.
+"""Speed of a train step on given inputs, beside PyTorch doing the same.
 
     python -m benchmarks.step [--model=resnet18] [--batch=128] [--torch_python=PATH]
+    python -m benchmarks.step --model=vit_s16 --batch=8 [--forward] [--torch_python=..]
+    python -m benchmarks.step --model=text_b --batch=32 [--forward]
 
-Two views of every image go through encoder and head; NT-Xent; SGD with momentum. Same
-network, same precision, same number of threads. Every program is a process of its own,
-told in turns to do a round of steps, so that a busy machine disturbs all alike; the
-medians over rounds are compared. Prints a JSON line for each and a table.
+ResNets take a step of SimCLR: two views of every image go through encoder and head;
+NT-Xent; SGD with momentum. Transformers (images of 224 pixels, texts of 77 tokens) take
+one of AdamW on the mean square of their features, or with --forward make these alone;
+"flax" among their programs is clj without its forms for CPUs (`clj.models.dense`).
+
+Same network, same precision, same number of threads. Every program is a process of its
+own, told in turns to do a round of steps, so that a busy machine disturbs all alike;
+the medians over rounds are compared, of the time by the clock and by the processor (of
+all threads). Prints a JSON line for each and a table.
 
 PyTorch takes part where it is installed, in this interpreter or in `--torch_python`.
 """
@@ -18,9 +25,11 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 WIDTHS = {"resnet18": (64, 128, 256, 512), "resnet_small": (24, 48, 96)}
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet_small": (1, 1, 1)}
+TRANSFORMERS = ("vit_s16", "text_b")
 TEMPERATURE = 0.5
 LEARNING_RATE = 0.03
 
@@ -35,7 +44,7 @@ def clj_step(args):
   from clj import models, sharding
 
   # On CPU one device a core: XLA runs many convolutions on one thread of a device.
-  jax.config.update("jax_num_cpu_devices", args.threads)
+  jax.config.update("jax_num_cpu_devices", args.devices)
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   rows = NamedSharding(mesh, PartitionSpec("data"))
   whole = NamedSharding(mesh, PartitionSpec())
@@ -148,19 +157,133 @@ def torch_step(args):
   return run
 
 
+def clj_transformer(args):
+  """Returns a function that does one step, or forward pass, and waits for it."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  from clj import models, sharding
+  from clj.models import dense
+
+  if args.worker == "flax":
+    dense.on_cpu = lambda dtype: False
+  jax.config.update("jax_num_cpu_devices", args.devices)
+  mesh = sharding.make_mesh()
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  if args.model == "text_b":
+    network = models.text("clip_vit_b32", dtype=args.dtype)
+    text = np.random.default_rng(0).integers(1, 49407, (args.batch, 77), np.int32)
+    inputs = text, np.ones(text.shape, bool)
+  else:
+    network = models.image("vit_s16", dtype=args.dtype)
+    inputs = (np.full((args.batch, 224, 224, 3), 0.5, np.float32),)
+  inputs = jax.device_put(inputs, rows)
+  tx = optax.adamw(1e-4, weight_decay=0.05)
+
+  def start(rng, *inputs):
+    params, _ = network.init(rng, *inputs)
+    return params, tx.init(params)
+
+  def loss_fn(params, *inputs):
+    y, _ = network.apply(params, {}, *inputs, train=not args.forward)
+    return jnp.square(y).mean()
+
+  def step(state, *inputs):
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(loss_fn)(params, *inputs)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+  state = jax.jit(start, out_shardings=whole)(jax.random.key(0), *inputs)
+  options = sharding.compiler_options(mesh)
+  compile = partial(jax.jit, out_shardings=whole, compiler_options=options)
+  forward, step = compile(loss_fn), compile(step, donate_argnums=0)
+
+  def run():
+    nonlocal state
+    if args.forward:
+      return float(forward(state[0], *inputs))
+    state, loss = step(state, *inputs)
+    return float(loss)
+
+  return run
+
+
+def torch_transformer(args):
+  """timm's vit_small_patch16_224 without its classifier, written out."""
+  import torch
+  from torch import nn
+  from torch.nn import functional as F
+
+  torch.set_num_threads(args.threads)
+  width, heads = 384, 6
+
+  class Block(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+      self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+      self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+      n, tokens, _ = x.shape
+      qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+      y = F.scaled_dot_product_attention(*qkv.unbind()).transpose(1, 2)
+      x = x + self.out(y.reshape(n, tokens, width))
+      return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+  class ViT(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.patch = nn.Conv2d(3, width, 16, 16)
+      self.cls = nn.Parameter(torch.zeros(1, 1, width))
+      self.position = nn.Parameter(0.02 * torch.randn(1, 197, width))
+      self.layers = nn.Sequential(*[Block() for _ in range(12)])
+      self.norm = nn.LayerNorm(width, 1e-6)
+
+    def forward(self, x):
+      x = self.patch(x).flatten(2).transpose(1, 2)
+      x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.position
+      return self.norm(self.layers(x))[:, 0]
+
+  model = ViT()
+  optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)
+  images = torch.full((args.batch, 3, 224, 224), 0.5)
+
+  def run():
+    bfloat16 = args.dtype == "bfloat16"
+    with (
+      torch.set_grad_enabled(not args.forward),
+      torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16),
+    ):
+      loss = model(images).float().square().mean()
+    if not args.forward:
+      optimizer.zero_grad(set_to_none=True)
+      loss.backward()
+      optimizer.step()
+    return loss.item()
+
+  return run
+
+
 def work(args):
   """A worker: for every line on stdin, times a round of steps and prints seconds."""
   start = time.perf_counter()
-  step = {"clj": clj_step, "torch": torch_step}[args.worker](args)
+  ours, theirs = clj_step, torch_step
+  if args.model in TRANSFORMERS:
+    ours, theirs = clj_transformer, torch_transformer
+  step = (theirs if args.worker == "torch" else ours)(args)
   first = step()  # compiles
   step()
   print(json.dumps({"ready_s": time.perf_counter() - start, "loss": first}), flush=True)
   for _ in sys.stdin:
     times = []
     for _ in range(args.steps):
-      start = time.perf_counter()
+      start, used = time.perf_counter(), time.process_time()
       step()
-      times.append(time.perf_counter() - start)
+      times.append((time.perf_counter() - start, time.process_time() - used))
     print(json.dumps(times), flush=True)
 
 
@@ -171,20 +294,28 @@ def has_torch(python):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--model", choices=sorted(WIDTHS), default="resnet18")
-  parser.add_argument("--batch", type=int, default=128, help="images; twice the views")
+  parser.add_argument("--model", choices=[*WIDTHS, *TRANSFORMERS], default="resnet18")
+  parser.add_argument("--batch", type=int, default=128, help="images or texts")
   parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
   parser.add_argument("--steps", type=int, default=2, help="steps a round")
   parser.add_argument("--rounds", type=int, default=4)
   parser.add_argument("--threads", type=int, default=os.cpu_count())
+  parser.add_argument("--devices", type=int, default=os.cpu_count(), help="of the CPU")
+  parser.add_argument("--forward", action="store_true", help="no gradients, no update")
   parser.add_argument("--torch_python", default=sys.executable)
-  parser.add_argument("--worker", choices=["clj", "torch"], help=argparse.SUPPRESS)
+  parser.add_argument(
+    "--worker", choices=["clj", "flax", "torch"], help=argparse.SUPPRESS
+  )
   args = parser.parse_args()
   if args.worker:
     work(args)
     return
   pythons = {"clj": sys.executable}
-  if has_torch(args.torch_python):
+  if args.model in TRANSFORMERS:
+    pythons["flax"] = sys.executable
+  if args.model == "text_b":
+    print("the text tower is not written for torch", file=sys.stderr)
+  elif has_torch(args.torch_python):
     pythons["torch"] = args.torch_python
   else:
     print(f"no torch in {args.torch_python}: clj alone", file=sys.stderr)
@@ -206,8 +337,10 @@ def main():
     worker.stdin.close()
     worker.wait()
   rows = []
-  for name in pythons:
-    seconds = statistics.median(times[name])
+  medians = {
+    name: [statistics.median(t) for t in zip(*times[name])] for name in pythons
+  }
+  for name, (seconds, processor) in medians.items():
     row = {
       "benchmark": "step",
       "program": name,
@@ -216,16 +349,22 @@ def main():
       "dtype": args.dtype,
       "machine": f"{platform.machine()}, {os.cpu_count()} cores",
       "step_s": round(seconds, 4),
+      "processor_s": round(processor, 4),
       "images_per_s": round(args.batch / seconds, 1),
-      "time_ratio_to_clj": round(seconds / statistics.median(times["clj"]), 3),
+      "time_ratio_to_clj": round(seconds / medians["clj"][0], 3),
     }
     rows.append(row)
     print(json.dumps(row))
-  print(f"\n{args.model}, {args.batch} images (two views each), {args.dtype}")
-  print(f"{'program':10}{'s/step':>10}{'images/s':>12}{'time/clj':>12}")
+  inputs = {"text_b": "texts", "vit_s16": "images"}.get(args.model)
+  inputs = inputs or "images (two views each)"
+  what = ", forward" if args.forward else ""
+  print(f"\n{args.model}, {args.batch} {inputs}, {args.dtype}{what}")
+  print(
+    f"{'program':10}{'s/step':>10}{'processor':>12}{'images/s':>12}{'time/clj':>12}"
+  )
   for row in rows:
     print(
-      f"{row['program']:10}{row['step_s']:10.3f}{row['images_per_s']:12.1f}"
+      f"{row['program']:10}{row['step_s']:10.3f}{row['processor_s']:12.3f}{row['images_per_s']:12.1f}"
       f"{row['time_ratio_to_clj']:12.2f}"
     )
 

@@ -40,6 +40,7 @@ import numpy as np
 import optax
 
 from clj import schedules
+from clj.cli import UserError
 from clj.schedules import Schedule
 
 NORM_AND_BIAS = r"(^|/)(bias|scale|gamma|layer_scale\d*|log_scale)$"
@@ -107,7 +108,7 @@ def make(
   """
   warmup = schedules.warmup_length(total_steps, warmup_steps, warmup_fraction)
   if isinstance(learning_rate, Mapping) and (warmup or floor):
-    raise ValueError(
+    raise UserError(
       f"warm-up of {warmup} steps, floor={floor} beside the description of a "
       "learning_rate: say it in the description"
     )
@@ -155,7 +156,7 @@ class Group(NamedTuple):
 def _group(pattern, group, rate, scale, total_steps) -> Group:
   """rate: the learning rate of a config and its scaling -> schedule."""
   if not group or ("name" not in group and not set(group) <= set(GROUP_KEYS)):
-    raise ValueError(
+    raise UserError(
       f"group {pattern!r} has {sorted(group)}: give some of {', '.join(GROUP_KEYS)}; "
       "or 'name', 'learning_rate' and options for an optimiser of its own"
     )
@@ -168,7 +169,7 @@ def _group(pattern, group, rate, scale, total_steps) -> Group:
     group["weight_decay"] = _number_or_schedule(decay, total_steps, "weight_decay")
   if "name" in group:
     if "learning_rate" not in group:
-      raise ValueError(f"group {pattern!r} has a 'name': give its 'learning_rate' too")
+      raise UserError(f"group {pattern!r} has a 'name': give its 'learning_rate' too")
     own = schedules.product(rate(group.pop("learning_rate")), *factors)
     return Group(pattern, own=_optimiser(group.pop("name"), own, group))
   read = lambda key: _number_or_schedule(group.get(key, 1.0), total_steps, key)
@@ -328,7 +329,7 @@ def layer_multipliers(
     ValueError: a rate outside (0, 1]; no layer found.
   """
   if not 0 < rate <= 1:
-    raise ValueError(f"layer_decay.rate={rate}: give a number in (0, 1]")
+    raise UserError(f"layer_decay.rate={rate}: give a number in (0, 1]")
   every = names(params)
   depths = _depths(every, params, where)
 
@@ -360,7 +361,7 @@ def _depths(every, params, where):
       depth = x.shape[0] if found["index"] == "s" else int(found["index"]) + 1
       depths[found["stack"]] = max(depth, depths.get(found["stack"], 0))
   if not depths:
-    raise ValueError(
+    raise UserError(
       f"layer_decay with where={where!r} finds no layers, 'blocks/' or 'block0/' in "
       f"their names; names are {', '.join(every[:3])}..."
     )
@@ -442,7 +443,7 @@ def lars(
   added to it.
   """
   if form not in ("inside", "outside", "popular"):
-    raise ValueError(f"form={form!r}: use 'inside', 'outside' or 'popular'")
+    raise UserError(f"form={form!r}: use 'inside', 'outside' or 'popular'")
 
   def init(params):
     return LarsState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -494,7 +495,7 @@ def matches(pattern: str, name: str) -> bool:
   try:
     return bool(pattern) and re.search(pattern, name) is not None
   except re.error as error:
-    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    raise UserError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def _except(pattern: str) -> Callable:
@@ -507,17 +508,17 @@ OPTIMISERS = {"sgd": sgd, "adamw": adamw, "lars": lars}
 
 def _optimiser(name: str, learning_rate, options: dict) -> optax.GradientTransformation:
   if name not in OPTIMISERS:
-    raise ValueError(f"optimiser {name!r}: use one of {', '.join(OPTIMISERS)}")
+    raise UserError(f"optimiser {name!r}: use one of {', '.join(OPTIMISERS)}")
   known = list(inspect.signature(OPTIMISERS[name]).parameters)[1:]
   unknown = sorted(set(options) - set(known))
   if unknown:
-    raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    raise UserError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}")
   return OPTIMISERS[name](learning_rate, **options)
 
 
 def _batch_scale(scaling, batch_size):
   if scaling not in (None, "linear", "sqrt"):
-    raise ValueError(f"scaling={scaling!r}: use 'linear', 'sqrt' or None")
+    raise UserError(f"scaling={scaling!r}: use 'linear', 'sqrt' or None")
   return {None: 1.0, "linear": batch_size / 256, "sqrt": batch_size**0.5}[scaling]
 
 
@@ -537,15 +538,15 @@ def _number_or_schedule(value, total_steps, what) -> float | Schedule:
 
 def _check_clip(clip_norm, clip_by):
   if clip_norm is None and clip_by != "global":
-    raise ValueError(f"clip_by={clip_by!r} without clip_norm: give that too")
+    raise UserError(f"clip_by={clip_by!r} without clip_norm: give that too")
   if clip_norm is not None and not clip_norm > 0:
-    raise ValueError(f"clip_norm={clip_norm}: give a number above 0, or None")
+    raise UserError(f"clip_norm={clip_norm}: give a number above 0, or None")
 
 
 def _layer_decay_options(given):
   known = list(inspect.signature(layer_multipliers).parameters)[1:]
   if "rate" not in given or not set(given) <= set(known):
-    raise ValueError(
+    raise UserError(
       f"layer_decay={dict(given)}: give 'rate'; its options are {', '.join(known)}"
     )
   return dict(given)
@@ -554,6 +555,6 @@ def _layer_decay_options(given):
 def _check_patterns(patterns, every):
   for pattern in patterns:
     if pattern and not any(matches(pattern, n) for n in every):
-      raise ValueError(
+      raise UserError(
         f"no parameter's name matches {pattern!r}; names are {', '.join(every[:3])}..."
       )

@@ -32,6 +32,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clj.cli import UserError
+
 Schedule = Callable[[Any], jax.Array]
 Position = int | float
 
@@ -56,7 +58,7 @@ def make(description: float | Mapping, total_steps: int) -> Schedule:
   _check_keys(given)
   name, every = given["name"], given.get("every", 1)
   if not isinstance(every, Integral) or every < 1:
-    raise ValueError(f"every={every!r}: give a number of steps, at least 1")
+    raise UserError(f"every={every!r}: give a number of steps, at least 1")
   warm = warmup_length(
     total_steps, given.get("warmup_steps", 0), given.get("warmup_fraction", 0.0)
   )
@@ -73,7 +75,7 @@ def make(description: float | Mapping, total_steps: int) -> Schedule:
     end = number(given["end"], "end")
     until = position(given.get("until", 1.0), total_steps, "until")
     if until < warm:
-      raise ValueError(f"until step {until}, but the warm-up takes {warm}: lengthen it")
+      raise UserError(f"until step {until}, but the warm-up takes {warm}: lengthen it")
     schedule = {"linear": linear, "cosine": cosine}[name](peak, end, until - warm)
   if warm:
     start = number(given.get("warmup_start", 0.0), "warmup_start")
@@ -110,11 +112,11 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
 def steps(values: Sequence[float], at: Sequence[int]) -> Schedule:
   """`values[0]` before step `at[0]`, `values[i]` from step `at[i - 1]` on."""
   if len(values) != len(at) + 1:
-    raise ValueError(
+    raise UserError(
       f"{len(values)} values, {len(at)} positions: give one position less than values"
     )
   if list(at) != sorted(at):
-    raise ValueError(f"positions at={tuple(at)}: give them in ascending order")
+    raise UserError(f"positions at={tuple(at)}: give them in ascending order")
 
   def schedule(step):
     value = constant(values[0])(step)
@@ -178,7 +180,7 @@ def position(value: Position, total_steps: int, what: str) -> int:
   value = number(value, what)
   share = not isinstance(value, Integral)
   if not 0 <= value <= (1 if share else total_steps):
-    raise ValueError(
+    raise UserError(
       f"{what}={value!r}: give an int, steps of total_steps={total_steps}, or a float "
       "in [0, 1], a share of them"
     )
@@ -188,12 +190,12 @@ def position(value: Position, total_steps: int, what: str) -> int:
 def warmup_length(total_steps: int, steps: int, fraction: float) -> int:
   """Steps of the warm-up, given as such or as a share of the run."""
   if steps and fraction:
-    raise ValueError(
+    raise UserError(
       f"warmup_steps={steps} and warmup_fraction={fraction}: give only one of them"
     )
   length = steps or round(fraction * total_steps)
   if not 0 <= length <= total_steps:
-    raise ValueError(
+    raise UserError(
       f"warm-up of {length} steps in total_steps={total_steps}: shorten it"
     )
   return length
@@ -201,30 +203,30 @@ def warmup_length(total_steps: int, steps: int, fraction: float) -> int:
 
 def number(value, what):
   if isinstance(value, bool) or not isinstance(value, Real):
-    raise ValueError(f"{what}={value!r}: give a number")
+    raise UserError(f"{what}={value!r}: give a number")
   return value
 
 
 def _check_keys(given):
   name = given.get("name")
   if name not in KEYS:
-    raise ValueError(f"schedule {name!r}: use one of {', '.join(KEYS)}")
+    raise UserError(f"schedule {name!r}: use one of {', '.join(KEYS)}")
   required = KEYS[name]
   known = ("name", *required, *OPTIONAL)
   if "end" in required:
     known = (*known, "until")
   for key in given:
     if key not in known:
-      raise ValueError(
+      raise UserError(
         f"schedule {name!r} has no key {key!r}; it has {', '.join(known)}"
       )
   for key in required:
     if key not in given:
-      raise ValueError(f"schedule {name!r} needs {key!r}; it has {', '.join(given)}")
+      raise UserError(f"schedule {name!r} needs {key!r}; it has {', '.join(given)}")
   if not (given.get("warmup_steps") or given.get("warmup_fraction")):
     for key in ("warmup_start", "warmup_endpoint"):
       if given.get(key):
-        raise ValueError(
+        raise UserError(
           f"{key}={given[key]!r} without a warm-up: give warmup_steps or "
           "warmup_fraction too"
         )

@@ -1112,7 +1112,7 @@ for _name in [name for name in TABLE if name.startswith("lars_")]:
 
 @golden("augment_ops")
 def _(g):
-  from clj import augment
+  from clj.augment import operations as augment
 
   planar = lambda x: jnp.moveaxis(jnp.asarray(x, jnp.float32), -1, -3)
   image = planar(g["image"])

@@ -2,23 +2,28 @@
 
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clj import losses, models, sharding
+from clj.losses import contrastive
 from clj.models import conv as conv_lib
 from clj.planning import chips, fit, hlo, report, step
-from configs import simclr
+from clj.runs import log
+from configs import clip, simclr
 from tests import tpu
 
 
@@ -26,7 +31,7 @@ def on_cpu(function, *arguments):
   return hlo.analyse(jax.jit(function).lower(*arguments).compile().as_text())
 
 
-def on_tpu(function, *arguments, topology="v5e:2x4", fsdp=1):
+def on_tpu(function, *arguments, topology="v5e:2x4", fsdp=1, scopes=()):
   """arguments: (shape, PartitionSpec) each, float32."""
   with tpu.compiler() as named:
     mesh = sharding.make_mesh(data=-1, fsdp=fsdp, devices=named(topology).devices)
@@ -36,7 +41,7 @@ def on_tpu(function, *arguments, topology="v5e:2x4", fsdp=1):
     ]
     with jax.set_mesh(mesh):
       compiled = jax.jit(function).lower(*arguments).compile()
-  return hlo.analyse(compiled.as_text())
+  return hlo.analyse(compiled.as_text(), scopes)
 
 
 # Counting.
@@ -224,7 +229,225 @@ def test_a_tower_in_chunks_costs_a_forward_pass_more_on_a_tpu():
   assert rows // chunk in [trips for _, trips in cost.loops]
 
 
+# Parts.
+
+
+@pytest.mark.parametrize(
+  "name, part",
+  [
+    ("jit(train_step)/augmentation/add", "augmentation"),
+    ("jit(train_step)/jvp(towers)/ResNet/conv/dot_general", "towers"),
+    ("jit(train_step)/transpose(jvp(towers))/loss/while/body/mul", "loss"),
+    ("jit(train_step)/transpose(jvp(loss))/towers/dot", "towers"),
+    ("jit(train_step)/vmap(optimiser)", "optimiser"),
+    ("jit(loss)/add", None),
+    ("jit(train_step)/my_towers/lossy/add", None),
+    ("", None),
+  ],
+)
+def test_the_innermost_scope_counts(name, part):
+  assert hlo.scope(name, step.SCOPES) == part
+
+
+LOSSES = {
+  "nt_xent": lambda x, y: losses.nt_xent(x, y, 0.1),
+  "clip": lambda x, y: losses.clip(x, y, 10.0),
+  "clip_ring": lambda x, y: losses.clip(x, y, 10.0, ring=True),
+  "siglip": lambda x, y: losses.siglip(x, y, 10.0, -10.0),
+  "barlow_twins": lambda x, y: losses.barlow_twins(x, y),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_both_passes_of_a_loss_are_apart_from_the_towers(name, chunk):
+  """Its loops and what a `custom_vjp` runs in a `shard_map` keep their scope."""
+  rows, width = 256, 128
+
+  def encode(w, x):
+    if not chunk:
+      return x @ w
+    return losses.encode_in_chunks(lambda x: jnp.tanh(x) @ w, x, chunk)
+
+  @jax.named_scope("towers")
+  def run(w, x, y):
+    return LOSSES[name](encode(w, x), encode(w, y))
+
+  split = (rows, width), P(("data", "fsdp"))
+  arguments = ((width, width), P()), split, split
+  cost = on_tpu(jax.value_and_grad(run), *arguments, scopes=step.SCOPES)
+  # Of each tower, the product and its gradient; chunks are encoded twice, which the
+  # compiler may leave out, for nothing reads it.
+  products = 2 * rows / 8 * width**2
+  towers = cost.parts["towers"].flops
+  assert towers == 4 * products or (chunk and towers == 6 * products)
+  assert cost.parts["loss"].flops > 0
+  assert cost.parts["other"].flops == 0
+  assert {one.part for one in cost.collectives} <= {"loss", "towers"}
+  moved = [one.kind for one in cost.collectives if one.part == "loss"]
+  assert moved or name == "barlow_twins"
+
+
+def test_what_a_loss_is_called_stays():
+  for name in ("nt_xent", "clip", "siglip"):
+    public, plain = getattr(losses, name), getattr(contrastive, name)
+    assert inspect.signature(public) == inspect.signature(plain)
+    assert (public.__name__, public.__doc__) == (name, plain.__doc__)
+
+
+def test_copies_belong_to_what_they_are_made_for():
+  text = """HloModule m
+%inner (p: f32[256]) -> f32[256] {
+  %p = f32[256]{0} parameter(0)
+  ROOT %n = f32[256]{0} negate(%p), metadata={op_name="jit(f)/towers/neg"}
+}
+ENTRY %main (a: f32[256], b: f32[256]) -> (f32[256], f32[256]) {
+  %a = f32[256]{0} parameter(0), metadata={op_name="a"}
+  %b = f32[256]{0} parameter(1), metadata={op_name="b"}
+  %s = (f32[256]{0:S(1)}, f32[256]{0}, u32[]{:S(2)}) copy-start(%a)
+  %d = f32[256]{0:S(1)} copy-done(%s)
+  %x = f32[256]{0:S(1)} fusion(%d), kind=kLoop, calls=%inner
+  %c = f32[256]{0} copy(%x)
+  %y = f32[256]{0} add(%b, %b), metadata={op_name="jit(f)/add"}
+  ROOT %t = (f32[256]{0}, f32[256]{0}) tuple(%c, %y)
+}
+"""
+  parts = hlo.analyse(text, ("towers",)).parts
+  assert parts["towers"].hbm_bytes == 1024 + 1024  # the copies in and out
+  assert parts["other"].hbm_bytes == 3 * 1024
+
+
+def test_what_is_computed_again_is_not_the_model_s():
+  width, rows, depth = 64, 32, 3
+
+  def run(ws, x, remat):
+    layer = lambda x, w: jnp.tanh(x @ w)
+    layer = jax.checkpoint(layer) if remat else layer
+    return jnp.square(jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0]).sum()
+
+  ws = jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
+  x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
+  forward = 2 * depth * rows * width**2
+  for remat in (False, True):
+    both = jax.grad(partial(run, remat=remat), argnums=(0, 1))
+    compiled = jax.jit(both).lower(ws, x).compile()
+    assert hlo.analyse(compiled.as_text()).flops == (4 if remat else 3) * forward
+    assert hlo.step_flops(compiled) == 3 * forward
+
+
+# Utilisation.
+
+
+@pytest.mark.parametrize(
+  "platform, kind, peak",
+  [
+    ("tpu", "TPU v3", 61.5e12),  # a core
+    ("tpu", "TPU v4", 275e12),
+    ("tpu", "TPU v5 lite", 197e12),
+    ("tpu", "TPU v5", 459e12),
+    ("tpu", "TPU v6 lite", 918e12),
+    ("tpu", "TPU v4 lite", None),
+    ("gpu", "NVIDIA H100 80GB HBM3", 989e12),
+    ("gpu", "NVIDIA GeForce RTX 3060", None),
+  ],
+)
+def test_published_peaks(platform, kind, peak):
+  device = types.SimpleNamespace(platform=platform, device_kind=kind)
+  assert chips.peak_flops(device) == peak
+
+
+def test_the_peak_of_a_cpu_is_measured_once():
+  with jax.set_mesh(sharding.make_mesh()):
+    peak = chips.peak_flops(jax.devices()[0])
+  assert 1e8 < peak < 1e14
+  assert chips.peak_flops(jax.devices()[1]) == peak
+
+
+def test_a_run_tells_its_utilisation(monkeypatch, capsys, tmp_path):
+  now = [100.0]
+  monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+  meter = log.Meter(32, 5, 0.0, flops=3e9, peak=100e9)
+  meter.start()
+  now[0] += 2.0
+  assert meter.mfu(13) == pytest.approx(8 * 3e9 / 2 / 100e9)  # eight steps
+  assert meter.read(13)["perf/mfu"] == pytest.approx(0.12)
+  now[0] += 1.0
+  assert meter.read(14)["perf/mfu"] == pytest.approx(0.03)
+  with_line = log.Log(tmp_path, start_step=0, total_steps=20)
+  with_line.progress(13, 1.0, 128.0, True, 0.12)
+  assert "128 examples/s  mfu 12 %" in capsys.readouterr().out
+  for flops, peak in ((None, 1e9), (1e9, None), (None, None)):
+    meter = log.Meter(32, 5, 0.0, flops=flops, peak=peak)
+    assert meter.mfu(6) is None and "perf/mfu" not in meter.read(6)
+  with_line.progress(14, 1.0, 128.0, True)
+  assert "mfu" not in capsys.readouterr().out
+  with_line.close()
+
+
+def test_a_step_that_was_counted_is_not_compiled_again():
+  config, _, compiled = smoke("local")
+  events = []
+  listen = lambda event, _, **about: events.append((event, about.get("fun_name")))
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  with jax.set_mesh(compiled.mesh):
+    program = compiled.program
+    counted = program.step.lower(program.state, compiled.batch).compile()
+    assert hlo.step_flops(counted) > 1e6
+    state = program.init(jax.random.key(0))
+    zeros = {k: np.zeros(x.shape, x.dtype) for k, x in compiled.batch.items()}
+    batch = sharding.to_global(zeros, compiled.mesh)
+    events.clear()
+    for _ in range(3):
+      with jax.transfer_guard("disallow"):
+        state, _ = program.step(state, batch)
+  assert int(state.step) == 3
+  made = [e for e, _ in events if "backend_compile" in e or "jaxpr_to_mlir" in e]
+  assert not made
+  assert config["batch_size"] == len(batch["index"])
+
+
 # The step.
+
+
+def test_shapes_of_a_batch_follow_from_the_config():
+  mesh = sharding.make_mesh()
+  shapes = lambda config: {
+    k: (x.shape, str(x.dtype)) for k, x in step.batch_shapes(config, mesh).items()
+  }
+  config = clip.get_config("smoke").to_dict()
+  B = config["batch_size"]
+  columns, augment = config["data"]["columns"], config["data"]["augment"]
+  L = columns["text"]["length"]
+  words = {
+    "index": ((B,), "int32"),
+    "text": ((B, L), "int32"),
+    "text_mask": ((B, L), "bool"),
+  }
+  found = shapes(config)  # embedded: whole pictures
+  assert found.items() >= words.items()
+  assert found["image"] == ((B, 32, 32, 3), "uint8")
+  config["data"] |= {"source": "nowhere", "data_dir": "/nowhere"}  # not there: streamed
+  s = augment["image"]["size"]
+  assert shapes(config)["image"] == (
+    (B, augment["image"].get("views", 1), s, s, 3),
+    "uint8",
+  )
+  more = {
+    "name": "views",
+    "of": "image",
+    "size": 16,
+    "views": 6,
+    "crop_scale": (0.1, 0.3),
+  }
+  config["data"]["augment"] = augment | {"crops": more}
+  assert shapes(config)["crops"] == ((B, 6, 16, 16, 3), "uint8")
+  columns["image"]["memory_size"] = 48
+  columns["label"] = {"kind": "label"}
+  columns["query"] = {"kind": "text", "tokenizer": "words", "length": 9}
+  found = shapes(config)
+  assert found["image"] == ((B, 48, 48, 3), "uint8") and "crops" not in found
+  assert found["label"] == ((B,), "int32")
+  assert found["query_mask"] == ((B, 9), "bool")
 
 
 @functools.cache
@@ -259,6 +482,27 @@ def test_the_plan_adds_up():
   assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
   # Pictures as bytes, an index and a label.
   assert memory["batch"] == config["batch_size"] // 8 * (32 * 32 * 3 + 4 + 4)
+  parts = found["parts"]
+  assert list(parts) == [*step.SCOPES, "other"]
+  whole = hlo.analyse(compiled.compiled.as_text())  # counted without parts
+  for key in ("flops", "hbm_bytes"):
+    total = sum(one[key] for one in parts.values())
+    assert total == pytest.approx(found[key]) == getattr(whole, key)
+  for key in ("compute", "memory", "interconnect"):
+    total = sum(one["seconds"][key] for one in parts.values())
+    assert total == pytest.approx(found["seconds"][key])
+  for key, one in found["collectives"].items():
+    of = [
+      part["collectives"][key] for part in parts.values() if key in part["collectives"]
+    ]
+    assert sum(x["count"] for x in of) == one["count"]
+    assert sum(x["bytes"] for x in of) == one["bytes"]
+  # Logits, once more in the backward pass, and the gradient: 4 rows by all 32 columns.
+  width = config["method"]["projector"]["widths"][-1]
+  assert parts["loss"]["flops"] == 3 * 2 * 4 * 32 * width
+  assert parts["towers"]["flops"] > parts["augmentation"]["flops"] > 0
+  assert parts["optimiser"]["flops"] == 0 < parts["optimiser"]["hbm_bytes"]
+  assert "other" in report.describe(found, "smoke")
   times = found["seconds"]
   assert times["memory"] == found["hbm_bytes"] / 819e9
   assert found["step_s"] == [max(times.values()), sum(times.values())]

@@ -299,14 +299,19 @@ class Data:
     """Another data set for an evaluation, with this one's sizes and tokenizers.
 
     Where it is read, which fields, and what is held in memory are its own. What of the
-    columns it does not have is left out, unless the section names it.
+    columns it does not have is left out, unless the section names it. A section without
+    a source is of the same data set: another split of it.
     """
     key = json.dumps(section, sort_keys=True, default=str)
+    same = "source" not in section
+    if same:
+      kept = ("source", "data_dir", "train_split", "test_split")
+      section = {k: self.section[k] for k in kept} | section
     if key not in self._others:
       own = section.get("columns") or {}
       columns = {}
       for name, options in self.section["columns"].items():
-        shared = {k: v for k, v in options.items() if k not in OF_SOURCE}
+        shared = {k: v for k, v in options.items() if same or k not in OF_SOURCE}
         shared["kind"] = options.get("kind", name)
         size = next(iter(self.columns[name].test_spec.values())).shape
         if shared["kind"] == "image":

@@ -95,7 +95,7 @@ def match_captions(image_index, index, captions) -> tuple[np.ndarray, np.ndarray
   images without a caption.
   """
   if len(captions) != len(index):
-    raise ValueError(f"{len(captions)} captions of {len(index)} records: give one each")
+    raise UserError(f"{len(captions)} captions of {len(index)} records: give one each")
   index = np.where(np.isin(index, image_index), index, -1)
   there = index >= 0
   ids = index
@@ -136,13 +136,13 @@ def ranking(score, relevance, *, ks: tuple[int, ...] = (10,)) -> dict[str, np.nd
   """
   score, relevance = np.asarray(score, np.float64), np.asarray(relevance)
   if score.ndim != 2 or score.shape != relevance.shape:
-    raise ValueError(
+    raise UserError(
       f"scores {score.shape} and relevance {relevance.shape}: give [Q, D] twice"
     )
   if np.isnan(score).any():
-    raise ValueError(f"{np.isnan(score).sum()} scores are NaN: they have no order")
+    raise UserError(f"{np.isnan(score).sum()} scores are NaN: they have no order")
   if min(ks, default=1) < 1:
-    raise ValueError(f"ks={ks}: a ranking is cut at 1 or more documents")
+    raise UserError(f"ks={ks}: a ranking is cut at 1 or more documents")
   order = score.shape[1] - 1 - np.argsort(-score[:, ::-1], axis=1, kind="stable")
   gain = np.maximum(np.take_along_axis(relevance, order, axis=1), 0)
   hit, best = gain > 0, -np.sort(-gain, axis=1)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from clj.cli import UserError
+
 
 def confusion(prediction, target, num_classes: int, *, ignore: int = 255) -> np.ndarray:
   """Pixels by class: `[C, C]` int64, rows are the target's, columns the prediction's.
@@ -17,14 +19,14 @@ def confusion(prediction, target, num_classes: int, *, ignore: int = 255) -> np.
   """
   prediction, target = np.asarray(prediction), np.asarray(target)
   if prediction.shape != target.shape:
-    raise ValueError(
+    raise UserError(
       f"predictions {prediction.shape} and targets {target.shape}: give one shape"
     )
   counted = target != ignore
   prediction, target = (x[counted].astype(np.int64) for x in (prediction, target))
   for name, x in (("prediction", prediction), ("target", target)):
     if x.size and not 0 <= x.min() <= x.max() < num_classes:
-      raise ValueError(
+      raise UserError(
         f"{name} from {x.min()} to {x.max()}, but there are {num_classes} classes"
       )
   pairs = np.bincount(num_classes * target + prediction, minlength=num_classes**2)

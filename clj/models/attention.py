@@ -18,8 +18,10 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from clj import sharding
+from clj.models import dense
 
 # Tokens, of the TPU kernel: of which it takes multiples; at most against each other, so
 # that 577 are one block; and at most keys of a head on the chip.
@@ -27,16 +29,55 @@ LANES, BLOCK, HELD = 128, 640, 1920
 
 
 def plain(q, k, v, mask=None, causal=False):
-  # Scaled before, so that the scores are read as they are.
-  scores = jnp.einsum("nthd,nshd->nhts", _scaled(q), k).astype(jnp.float32)
   seen = None if mask is None else mask[:, None, None]
   if causal:
-    earlier = jnp.tril(jnp.ones((1, 1, *scores.shape[2:]), bool))
+    earlier = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
     seen = earlier if seen is None else seen & earlier
+  if dense.on_cpu(q.dtype):
+    q, k, v = (x.swapaxes(1, 2) for x in (_scaled(q), k, v))
+    return _heads(q, k, v, seen).swapaxes(1, 2)
+  # Scaled before, so that the scores are read as they are.
+  scores = jnp.einsum("nthd,nshd->nhts", _scaled(q), k).astype(jnp.float32)
   if seen is not None:
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
   weights = nn.softmax(scores).astype(v.dtype)
   return jnp.einsum("nhts,nshd->nthd", weights, v)
+
+
+# The same on CPU, of `[N, H, T, d]` and with little kept for the backward pass: XLA's
+# products of transposed heads, and the softmax between them, are slow there.
+
+
+def _batched(a, b, i, j):
+  return lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))))
+
+
+@jax.custom_vjp
+def _heads(q, k, v, seen):
+  return _heads_fwd(q, k, v, seen)[0]
+
+
+def _heads_fwd(q, k, v, seen):
+  scores = _batched(q, k, 3, 3)
+  if seen is not None:
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(scores - scores.max(-1, keepdims=True))  # but for their sum
+  r = 1 / weights.sum(-1, keepdims=True)
+  return _batched(weights, v, 3, 2) * r, (q, k, v, seen, weights, r)
+
+
+def _heads_bwd(saved, g):
+  q, k, v, seen, weights, r = saved
+  along = _batched(g, v, 3, 3)
+  mean = (weights * along).sum(-1, keepdims=True) * r
+  scores = weights * ((along - mean) * r)
+  if seen is not None:  # a row that sees nothing has weights too
+    scores = jnp.where(seen, scores, 0.0)
+  dq, dk = _batched(scores, k, 3, 2), _batched(scores, q, 2, 2)
+  return dq, dk, _batched(weights, g * r, 2, 2), None
+
+
+_heads.defvjp(_heads_fwd, _heads_bwd)
 
 
 def flash(q, k, v, mask=None, causal=False):

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clj.models.transformer import Encoder, keep_shape, layer_norm, normal
+from clj.models.dense import layer_norm
+from clj.models.transformer import Encoder, keep_shape, normal
 
 POOLS = ("highest", "end", "last", "mean")
 

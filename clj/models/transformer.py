@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from clj import sharding
 from clj.models.attention import FORMS
+from clj.models.dense import activate, layer_norm, linear, settle
 
 ACTIVATIONS = {
   "gelu": partial(nn.gelu, approximate=False),
@@ -76,11 +77,6 @@ INITS = {
 }
 
 
-def layer_norm(eps, dtype, name):
-  # The two-pass variance: E[x^2] - E[x]^2 loses all digits far from zero.
-  return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
-
-
 def keep_shape(module, name, init, *shape):
   """A parameter that has the shape of the first input, whatever later ones are."""
   if module.has_variable("params", name):
@@ -107,14 +103,13 @@ class Attention(nn.Module):
       raise ValueError(f"width {width} does not divide into {self.heads} heads")
 
     def project(x, name):
-      x = nn.Dense(width, kernel_init=self.inits.qkv, dtype=self.dtype, name=name)(x)
+      x = linear(width, self.dtype, kernel_init=self.inits.qkv, name=name)(x)
       return x.reshape(*x.shape[:2], self.heads, -1)
 
     q, k, v = project(x, "query"), project(context, "key"), project(context, "value")
     x = FORMS[self.form](q, k, v, mask, causal).reshape(*x.shape[:2], width)
-    return nn.Dense(
-      self.outputs or width, kernel_init=self.inits.out, dtype=self.dtype, name="out"
-    )(x)
+    outputs = self.outputs or width
+    return linear(outputs, self.dtype, kernel_init=self.inits.out, name="out")(x)
 
 
 class MLP(nn.Module):
@@ -125,9 +120,9 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = partial(nn.Dense, dtype=self.dtype)
+    dense = partial(linear, dtype=self.dtype)
     y = dense(self.hidden, kernel_init=self.inits.fc1, name="fc1")(x)
-    y = ACTIVATIONS[self.activation](y)
+    y = activate(ACTIVATIONS[self.activation], y)
     return dense(x.shape[-1], kernel_init=self.inits.fc2, name="fc2")(y)
 
 
@@ -156,7 +151,7 @@ class Block(nn.Module):
         rng = self.make_rng("dropout")
         keep = jax.random.bernoulli(rng, 1 - drop, (len(x), 1, 1))
         y = y * (keep / (1 - drop)).astype(y.dtype)
-      return x + y
+      return settle(x + y)
 
     norm = partial(layer_norm, self.eps, self.dtype)
     y = norm("ln1")(x)

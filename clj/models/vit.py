@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clj.models.dense import layer_norm, linear
 from clj.models.transformer import (
   INITS,
   MLP,
   Attention,
   Encoder,
   keep_shape,
-  layer_norm,
   normal,
   uniform,
 )
@@ -139,13 +139,13 @@ class ViT(nn.Module):
     clip = self.encoder.kernel_init == "torch"
 
     x = normalize(x, self.mean, self.std)
-    x = nn.Dense(
+    x = linear(
       width,
+      dtype,
       use_bias=self.patch_bias,
       kernel_init=uniform((3 * self.patch**2) ** -0.5)
       if clip
       else nn.initializers.lecun_normal(),
-      dtype=dtype,
       name="patch",
     )(patches(x, self.patch))
     rows, columns = x.shape[1:3]

@@ -54,6 +54,7 @@ FREE = {
   "async-start",
 }
 PRODUCTS = ("dot", "convolution", "custom-call")
+AGAIN = "rematted_computation"  # in the names of what `jax.checkpoint` computes again
 OTHER = "other"  # the part of what is in no scope
 # Calls that only give memory a name.
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
@@ -242,6 +243,16 @@ def analyse(text: str, scopes: tuple[str, ...] = ()) -> Cost:
   return Cost(*walk.total(), tuple(walk.collectives), tuple(walk.loops), parts)
 
 
+def step_flops(compiled) -> float:
+  """FLOPs of one device in one run of a compiled program, loops by their trip counts.
+
+  Those of the model: what `jax.checkpoint` computes again in the backward pass does not
+  count (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
+  """
+  cost = analyse(compiled.as_text())
+  return cost.flops - cost.recomputed
+
+
 @functools.lru_cache(maxsize=65536)
 def scope(op_name: str, scopes: tuple[str, ...]) -> str | None:
   """The innermost of the scopes in a name such as "jit(f)/transpose(jvp(loss))/add"."""
@@ -276,11 +287,14 @@ class _Walk:
     """
     body = self.computations[name]
     host = host or name  # the computation that is executed: not a fusion's inside
+    parts = self.parts_of(body)
     for one in body.instructions.values():
       opcode = one.opcode
-      mine = self.part(one) or part
+      mine = parts[one.name] or part
       if opcode in PRODUCTS:
-        self.add(mine, _flops(one, body), times)
+        cost = _flops(one, body)
+        again = cost.flops if self.is_again(_place(one)) else 0.0
+        self.add(mine, cost._replace(recomputed=again), times)
       if opcode.removesuffix("-start") in KINDS:
         self.collective(one, body, times, host, name, mine)
       if not fused and opcode not in FREE and not opcode.endswith("-done"):
@@ -299,6 +313,45 @@ class _Walk:
         self.branches(one, times, fused, mine)
       elif opcode == "while":
         self.loop(one, body, times, known, mine)
+
+  @functools.cached_property
+  def forward(self):
+    """Names of the products of the forward pass."""
+    ones = (i for c in self.computations.values() for i in c.instructions.values())
+    names = {_place(one) for one in ones if one.opcode in PRODUCTS}
+    return {n for n in names if "transpose(" not in n and AGAIN not in n}
+
+  def is_again(self, name) -> bool:
+    """Whether a product is there twice, as `jax.checkpoint` has it.
+
+    Compilers may find that the two are the same, and keep the name of the second.
+    """
+    _, there, rest = name.rpartition(AGAIN)
+    return bool(there) and any(n.endswith(rest) for n in self.forward)
+
+  def parts_of(self, body) -> dict[str, str | None]:
+    """The part of each instruction; copies that the compiler made belong to a user."""
+    parts = {name: self.part(one) for name, one in body.instructions.items()}
+    # What comes from the program has a path, an argument its name.
+    nameless = [
+      one
+      for name, one in body.instructions.items()
+      if parts[name] is None
+      and ("/" not in _place(one) or one.opcode in ("get-tuple-element", "bitcast"))
+    ]
+    users = {}
+    for one in body.instructions.values():
+      if one.opcode != "tuple":  # the results, which would tell nothing
+        for x in one.operands:
+          users.setdefault(x, []).append(one.name)
+    for one in reversed(nameless):
+      parts[one.name] = next(
+        (parts[x] for x in users.get(one.name, ()) if parts[x]), None
+      )
+    for one in nameless:  # of results: of what made them
+      made = (parts[x] for x in one.operands if parts[x])
+      parts[one.name] = parts[one.name] or next(made, None)
+    return parts
 
   def part(self, one) -> str | None:
     """The part of an instruction by its name, of a fusion by most of what it does."""
@@ -628,8 +681,7 @@ def _flops(one, body) -> Part:
   passes = 1
   if precision and float32:
     passes = {"highest": 6, "high": 3}.get(precision[1].split(",")[0], 1)
-  again = "rematted_computation" in _place(one)  # so `jax.checkpoint` calls it
-  return Part(flops, flops * passes, flops if again else 0.0)
+  return Part(flops, flops * passes)
 
 
 def _convolution(lhs, rhs, out, attributes):

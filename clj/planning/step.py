@@ -69,16 +69,6 @@ def compile_step(config: dict, topology: Topology) -> Step:
   return Step(program, batch, mesh, compiled, time.monotonic() - start)
 
 
-def step_flops(compiled) -> float:
-  """FLOPs of one device in one run of a compiled program, loops by their trip counts.
-
-  Those of the model: what `jax.checkpoint` computes again in the backward pass does not
-  count (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
-  """
-  cost = hlo.analyse(compiled.as_text())
-  return cost.flops - cost.recomputed
-
-
 def plan(config: dict, topology: Topology) -> dict:
   """Compiles and examines the train step of a config."""
   return examine(config, topology, compile_step(config, topology))

@@ -56,12 +56,25 @@ class Meter:
   batch ("host_wait"), for the call of the step and its result ("device"), and the rest.
   The loop works one step ahead, so that what the host does while the device computes
   costs nothing: a device that waits for its host shows as a long "host_wait".
+
+  flops: of the model, of one device in one step; peak: that the device can do a second.
+    With both it tells their quotient, the model FLOP/s utilisation (Chowdhery et al.,
+    2022, arXiv:2204.02311, appendix B).
   """
 
   _OTHERS = ("evaluation", "checkpoint")
 
-  def __init__(self, batch_size: int, step: int, seconds: float):
+  def __init__(
+    self,
+    batch_size: int,
+    step: int,
+    seconds: float,
+    *,
+    flops: float | None = None,
+    peak: float | None = None,
+  ):
     self._batch_size, self._before = batch_size, seconds
+    self._peak_steps = peak / flops if flops and peak else None  # a second
     self._spent, self._began = 0.0, None
     self._mark = (step, 0.0)
     self._parts = {
@@ -101,6 +114,12 @@ class Meter:
     marked, at = self._mark
     return (step - marked) * self._batch_size / max(self._here() - at, 1e-9)
 
+  def mfu(self, step: int) -> float | None:
+    """Share of the peak since the last line that was written; None: not known."""
+    if self._peak_steps is None:
+      return None
+    return self.speed(step) / self._batch_size / self._peak_steps
+
   def read_part(self, name: str) -> dict[str, float]:
     """Seconds of a part since they were last read."""
     spent, self._parts[name] = self._parts[name], 0.0
@@ -115,6 +134,8 @@ class Meter:
       "perf/train_seconds": self._before + now,
       "perf/step_seconds": (now - at) / steps,
     }
+    if self._peak_steps is not None:
+      found["perf/mfu"] = self.mfu(step)
     for name in ("host_wait", "device"):
       found |= {key: spent / steps for key, spent in self.read_part(name).items()}
     found |= self.read_part("checkpoint")
@@ -212,23 +233,30 @@ class Log:
         self._board.flush()
         upload(self._local, self._workdir)
 
-  def progress(self, step: int, loss: float, examples_per_s: float, log_now: bool):
+  def progress(
+    self,
+    step: int,
+    loss: float,
+    examples_per_s: float,
+    log_now: bool,
+    mfu: float | None = None,
+  ):
     if not self._first:
       return
     now = time.monotonic()
     if self._began is None:  # leaves compilation out of the estimate
       self._began, self._began_step = now, step
     self._bar.n = step
-    self._bar.set_postfix_str(
-      f"loss {loss:.4f}, {examples_per_s:.0f} examples/s", refresh=False
-    )
+    told = [f"loss {loss:.4f}", f"{examples_per_s:.0f} examples/s"]
+    if mfu is not None:
+      told.append(f"mfu {100 * mfu:.3g} %")
+    self._bar.set_postfix_str(", ".join(told), refresh=False)
     self._bar.update(0)
     if self._lines and log_now:
       steps = step - self._began_step
       left = (self._total_steps - step) * (now - self._began) / steps if steps else 0
       print(
-        f"step {step}/{self._total_steps}  loss {loss:.4f}  "
-        f"{examples_per_s:.0f} examples/s  {_clock(left)} left",
+        f"step {step}/{self._total_steps}  {'  '.join(told)}  {_clock(left)} left",
         flush=True,
       )
 
