@@ -289,6 +289,12 @@ class Data:
 
   def split(self, name: str) -> Split:
     """Any split of the same source, opened once."""
+    section = self.section
+    plain = (
+      not section["mixture"] and not section["balanced"] and section["subset"] == 1
+    )
+    if name == section["train_split"] and plain:
+      return self.train
     if name not in self._splits:
       source = _open(self.section | {"mixture": ()}, name, self._limit)
       split = Split(source, self.columns, self.section["threads"], self._limit)
