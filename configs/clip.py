@@ -430,7 +430,8 @@ def finetune():
   `init_rename` takes the weights twice: to train, and to stay as they were. Recall is
   printed "before" (as the weights came), after with the average of both ("retrieval",
   arXiv:2109.01903), and with the trained weights alone ("retrieval_trained"). Where
-  the data have classes, add `evals.zeroshot` and, with the prefix "trained_", another.
+  the data have classes, add `evals.zeroshot` and another, with the query "trained_image"
+  and the bank "trained_text".
   """
   return differ(
     vit_b32_laion400m(),
@@ -470,7 +471,11 @@ def finetune():
       ),
       "evals": only(
         retrieval={},
-        retrieval_trained={"name": "retrieval", "prefix": "trained_"},
+        retrieval_trained={
+          "name": "retrieval",
+          "query": "trained_image",
+          "bank": "trained_text",
+        },
       ),
     },
   )
