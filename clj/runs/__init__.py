@@ -1,0 +1,1 @@
+"""One run on disk and on its hosts: workdir, checkpoints, log, processes."""
