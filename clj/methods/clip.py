@@ -51,9 +51,8 @@ def make(
 ) -> Method:
   """Builds CLIP.
 
-  Parameters are named "image/...", "text/..." (the towers), "image_head/...",
-  "text_head/...", "log_scale" and "bias" (of the sigmoid loss). A learning rate of its
-  own for a tower is a group of the optimiser, `(("^image/", {"multiplier": 0.1}),)`.
+  Parameters are "image/...", "text/..." (the towers), "image_head/...", "log_scale" and
+  so on; a tower's own learning rate is a group, `(("^image/", {"multiplier": 0.1}),)`.
 
   Args:
     model: "image" and "text": keyword arguments of `models.image` and `models.text`.
