@@ -232,6 +232,17 @@ def test_broken_sounds_are_replaced():
   assert "it is no sound" in stream.train.bad[4]
 
 
+def test_what_is_held_is_held_whole():
+  source = source_of(image=[b""] * 9, x=[b""] * 9)
+  found = {"image": {"memory_size": 8}, "x": {"kind": "audio"}}
+  data = open_data({"columns": found}, source=source)
+  said = (
+    "data.columns.image.memory_size holds made in memory, but data.columns.x is str"
+  )
+  with pytest.raises(DataError, match=said):
+    data.spec  # noqa: B018
+
+
 def test_spoken_digits(tfds_data_dir):
   pytest.importorskip("soundfile")
   pytest.importorskip("soxr")

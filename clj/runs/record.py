@@ -123,7 +123,8 @@ class Record:
     if not metrics.pop("finite"):
       raise FloatingPointError(self._not_finite(step, metrics["loss"]))
     now = step % self._log_every == 0 or step == self._total_steps
-    self._writer.progress(step, metrics["loss"], self._meter.speed(step), now)
+    speed, mfu = self._meter.speed(step), self._meter.mfu(step)
+    self._writer.progress(step, metrics["loss"], speed, now, mfu)
     if now:
       line = {f"train/{name}": value for name, value in metrics.items()}
       self._writer.write(step, line | self._about(step) | self._meter.read(step))
