@@ -1,0 +1,242 @@
+"""Texts, arrays and pictures alone: methods that exist only here, by every entry point.
+
+Such a method is a file (`text_pairs_method`), a line in METHODS (`own_methods` here,
+`run_with_method` for processes) and a config (`modalities_config`), no more.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from clj import embed, evaluate, main, methods, plan, search, sharding, train
+from clj.cli import read_config
+from clj.data import open_data
+from clj.runs import log
+from tests import run_with_method
+from tests.pods_test import assert_close, free_port, values_of
+from tests.train_test import final_state, wait_for
+
+CONFIG = "--config=tests/modalities_config.py"
+WORDS = [f"{a}{b}" for a in ("ba", "ko", "ti", "mu", "re") for b in ("ri", "ga", "du")]
+PAIRS, PHOTOGRAPHS = 200, 40
+
+
+@pytest.fixture(autouse=True)
+def own_methods(monkeypatch):
+  for name, make in run_with_method.OWN.items():
+    monkeypatch.setitem(methods.METHODS, name, make)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+  """A table of queries and their translations, in another order; its rows."""
+  rng, rows = np.random.default_rng(0), []
+  for _ in range(PAIRS):
+    said = rng.choice(WORDS, 3, replace=False)
+    rows.append((" ".join(said), " ".join(f"{w[::-1]}o" for w in rng.permutation(said))))
+  path = tmp_path_factory.mktemp("pairs") / "pairs.csv"
+  with open(path, "w", newline="") as file:
+    csv.writer(file).writerows([("query", "passage"), *rows])
+  return path, rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Photographs of several sizes, of no class."""
+  root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(1)
+  for i in range(PHOTOGRAPHS):
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8))
+    coarse.resize((90 + i, 100)).save(root / f"{i:02d}.png")
+  return root
+
+
+@pytest.fixture(scope="module")
+def motions(tmp_path_factory):
+  """Signals [n, 6] of 9 to 40 samples, of two activities that differ in their spread."""
+  import pyarrow
+  from pyarrow import parquet
+
+  rng = np.random.default_rng(2)
+  labels = ["walk", "rest"] * 40
+  lengths = rng.integers(9, 41, len(labels))
+  arrays = [
+    (rng.normal(size=(n, 6)) * (1.0 if label == "walk" else 0.1)).tolist()
+    for n, label in zip(lengths, labels)
+  ]
+  path = tmp_path_factory.mktemp("motions") / "motions.parquet"
+  kind = pyarrow.list_(pyarrow.list_(pyarrow.float32()))
+  table = pyarrow.table(
+    {"signal": pyarrow.array(arrays, kind), "activity": pyarrow.array(labels)}
+  )
+  parquet.write_table(table, path)
+  return path
+
+
+def flags(variant, source, *more):
+  return [f"{CONFIG}:{variant}", f"--config.data.source={source}", *more]
+
+
+def ran(entry, arguments, capsys):
+  """What an entry point says, that ends well."""
+  code = entry.main([str(x) for x in arguments])
+  said = capsys.readouterr()
+  assert code == 0, said.err
+  return said.out
+
+
+def failing(entry, arguments, capsys):
+  """The one line of an entry point that does not."""
+  assert entry.main([str(x) for x in arguments]) == 1
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1, lines
+  return lines[0]
+
+
+def start(module, *arguments, devices=8):
+  env = os.environ | {
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "tests.run_with_method", module, *map(str, arguments)],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+# Texts.
+
+
+@pytest.fixture(scope="module")
+def text_run(pairs, tmp_path_factory):
+  """A run of the text pairs, in this process."""
+  directory = tmp_path_factory.mktemp("run") / "texts"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(methods.METHODS, "text_pairs", run_with_method.OWN["text_pairs"])
+    arguments = [*flags("text_pairs", f"csv:{pairs[0]}"), f"--workdir={directory}"]
+    assert main.main(arguments) == 0
+  return directory
+
+
+def test_text_pairs_learn_and_are_evaluated(text_run, capsys):
+  first, last = (values_of(text_run, step, "eval/") for step in (0, 30))
+  key = "eval/retrieval/query_to_passage/recall@5"
+  assert first[key] < 0.5 and last[key] > first[key] + 0.3
+  assert last["eval/retrieval/records"] == PAIRS // 5
+  said = ran(evaluate, [f"--workdir={text_run}"], capsys)
+  (line,) = [x for x in said.splitlines() if "query_to_passage/recall@5" in x]
+  assert float(line.split()[1]) == pytest.approx(last[key], abs=1e-4)
+
+
+def test_a_query_finds_its_passage(pairs, text_run, tmp_path, capsys):
+  out = tmp_path / "index"
+  arguments = [f"--workdir={text_run}", "--split=train", f"--out={out}"]
+  said = ran(embed, [*arguments, "--what=passage", "--batch_size=64"], capsys)
+  assert f"{PAIRS} embeddings of width 8" in said
+  queries = [f"--text={query}" for query, _ in pairs[1][:8]]
+  found = ran(search, [f"--index={out}", *queries, "--out=", "--json", "--k=20"], capsys)
+  near = [
+    {row["captions"][0] for row in each["results"]} for each in json.loads(found)
+  ]
+  assert sum(passage in them for (_, passage), them in zip(pairs[1], near)) >= 6
+  line = failing(embed, [*arguments[:2], f"--out={tmp_path}/o", "--what=text"], capsys)
+  assert line == "clj: --what=text: there are passage, query"
+
+
+def test_text_pairs_are_planned(pairs, capsys):
+  arguments = flags("text_pairs", f"csv:{pairs[0]}", "--topology=local", "--json")
+  found = json.loads(ran(plan, arguments, capsys))
+  assert found["fits"] and found["batch_size"] == 16 and found["devices"] == 8
+  # The data need not be there.
+  elsewhere = flags("text_pairs", "csv:/nowhere.csv", "--topology=local", "--json")
+  assert json.loads(ran(plan, elsewhere, capsys))["flops"] == found["flops"]
+
+
+def test_killed_text_pairs_go_on_bit_for_bit(pairs, text_run, tmp_path):
+  arguments = [*flags("text_pairs", f"csv:{pairs[0]}"), f"--workdir={tmp_path}"]
+  after = int(np.random.default_rng().integers(4, 25))
+  child = start("clj.main", *arguments)
+  steps = lambda: [x["step"] for x in log.read_metrics(tmp_path)]
+  wait_for(lambda: max(steps(), default=0) >= after, child)
+  child.send_signal(signal.SIGKILL)
+  child.communicate()
+  if "checkpoints" not in os.listdir(tmp_path):
+    pytest.fail("nothing was saved")
+  assert main.main(arguments) == 0
+  expected_step, expected = final_state(text_run)
+  step, state = final_state(tmp_path)
+  assert step == expected_step == 30
+  for path, value in expected.items():
+    np.testing.assert_array_equal(state[path], value, err_msg=f"{path}, after {after}")
+  assert values_of(tmp_path, 30, "eval/") == values_of(text_run, 30, "eval/")
+  losses = [[values_of(d, s, "train/loss") for s in range(31)] for d in
+            (tmp_path, text_run)]  # fmt: skip
+  assert losses[0] == losses[1]
+
+
+def test_text_pairs_have_the_same_loss_on_any_devices(pairs):
+  config, _ = read_config(flags("text_pairs", f"csv:{pairs[0]}"))
+  data = open_data(config["data"])
+  with_close = data.batches(seed=0, batch_size=16)
+  rows = [next(with_close) for _ in range(3)]
+  with_close.close()
+  found = {}
+  for count in (1, 2, 8):
+    mesh = sharding.make_mesh(devices=jax.devices()[:count])
+    with jax.set_mesh(mesh):
+      program = train.build(
+        train.batch_shapes(data, 16, mesh),
+        mesh,
+        augment={},
+        **{k: config[k] for k in ("seed", "batch_size", "total_steps")},
+        **{k: config[k] for k in ("method", "model", "optim")},
+      )
+      state = program.init(jax.random.key(0))
+      found[count] = []
+      for batch in rows:
+        state, metrics = program.step(state, sharding.to_global(batch, mesh))
+        found[count].append(float(metrics["loss"]))
+  assert found[1][0] > 1
+  np.testing.assert_allclose(found[2], found[1], rtol=1e-5)
+  np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_text_pairs_in_two_processes_are_the_same(pairs, text_run, tmp_path):
+  address, out = f"127.0.0.1:{free_port()}", tmp_path / "index"
+  both = lambda module, *arguments: [
+    start(
+      module,
+      *arguments,
+      f"--coordinator={address}",
+      "--num_processes=2",
+      f"--process_id={i}",
+      devices=4,
+    )
+    for i in range(2)
+  ]
+  run = tmp_path / "run"
+  embedding = [f"--workdir={run}", "--what=passage", f"--out={out}"]
+  for children in (
+    both("clj.main", *flags("text_pairs", f"csv:{pairs[0]}"), f"--workdir={run}"),
+    both("clj.embed", *embedding, "--rows_per_shard=16"),
+  ):
+    said = [child.communicate(timeout=200) for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    address = f"127.0.0.1:{free_port()}"
+  for step in (1, 2, 30):
+    found, expected = (values_of(d, step, "train/loss") for d in (run, text_run))
+    assert_close(found, expected, 1e-3 if step == 30 else 1e-5)
+  assert_close(*(values_of(d, 0, "eval/") for d in (run, text_run)), 1e-6)
+  assert json.loads((out / "index.json").read_text())["texts"] == PAIRS // 5
