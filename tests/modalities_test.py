@@ -60,15 +60,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def motions(tmp_path_factory):
-  """Signals [n, 6] of 9 to 40 samples, of two activities that differ in their spread."""
+  """Signals [n, 6] of 9 to 40 samples, of two activities along different axes."""
   import pyarrow
   from pyarrow import parquet
 
   rng = np.random.default_rng(2)
-  labels = ["walk", "rest"] * 40
+  labels, axes = ["walk", "rest"] * 40, np.arange(6) < 3
   lengths = rng.integers(9, 41, len(labels))
   arrays = [
-    (rng.normal(size=(n, 6)) * (1.0 if label == "walk" else 0.1)).tolist()
+    (rng.normal(size=(n, 6)) * (0.1 + (axes == (label == "walk")))).tolist()
     for n, label in zip(lengths, labels)
   ]
   path = tmp_path_factory.mktemp("motions") / "motions.parquet"
@@ -240,3 +240,195 @@ def test_text_pairs_in_two_processes_are_the_same(pairs, text_run, tmp_path):
     assert_close(found, expected, 1e-3 if step == 30 else 1e-5)
   assert_close(*(values_of(d, 0, "eval/") for d in (run, text_run)), 1e-6)
   assert json.loads((out / "index.json").read_text())["texts"] == PAIRS // 5
+
+
+# Arrays.
+
+
+def test_signals_of_different_lengths(motions, tmp_path, capsys):
+  run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "index"
+  recipe = flags("signals", f"parquet:{motions}")
+  said = ran(main, [*recipe, run], capsys)
+  assert "knn/top1" in said
+  # Their axes tell the activities apart, whatever the kernel is.
+  found = values_of(tmp_path / "run", 4, "eval/")
+  assert found["eval/knn/top1"] > 0.9 and found["eval/knn/records"] == 16
+  losses = [values_of(tmp_path / "run", s, "train/loss") for s in (1, 4)]
+  assert all(np.isfinite(list(each.values())).all() for each in losses)
+  said = ran(evaluate, [run, "--evals=knn"], capsys)
+  assert f"{found['eval/knn/top1']:.4f}" in said
+  said = ran(embed, [run, f"--out={out}", "--batch_size=8"], capsys)
+  assert "16 embeddings of width 8" in said
+  assert json.loads((out / "index.json").read_text())["outputs"] == {"signal": "signal"}
+  line = failing(search, [f"--index={out}", "--text=walk", "--out="], capsys)
+  assert "has no text tower" in line
+  assert "fits" in ran(plan, [*recipe, "--topology=local"], capsys)
+
+
+def test_signals_of_the_real_data(tfds_data_dir, tmp_path, capsys):
+  if not os.path.isdir(os.path.join(tfds_data_dir, "hmp_imu")):
+    pytest.skip(f"no hmp_imu in {tfds_data_dir}")
+  changes = {
+    "data.data_dir": tfds_data_dir,
+    "data.train_split": "train",
+    "data.test_split": "test",
+    "data.columns.signal.length": 128,
+    "data.columns.label.field": "label",
+    "model.channels": 3,
+  }
+  more = [f"--config.{key}={value}" for key, value in changes.items()]
+  run = f"--workdir={tmp_path / 'run'}"
+  ran(main, [*flags("signals", "hmp_imu", *more), run], capsys)
+  found = values_of(tmp_path / "run", 4, "eval/")
+  assert found["eval/knn/records"] == 191
+  assert found["eval/knn/top1"] > 2 * found.get("eval/knn/chance", 1 / 14)
+
+
+# Pictures.
+
+
+def test_pictures_without_labels(folder, tmp_path, capsys):
+  run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "index"
+  recipe = flags("pictures", f"folder:{folder}")
+  assert "diagnostics/uniformity" in ran(main, [*recipe, run], capsys)
+  found = values_of(tmp_path / "run", 2, "eval/")
+  assert found["eval/diagnostics/records"] == PHOTOGRAPHS // 5
+  assert 0 <= found["eval/diagnostics/alignment"] <= 4
+  said = ran(evaluate, [run, "--evals=diagnostics"], capsys)
+  assert f"{found['eval/diagnostics/feature_std']:.4f}" in said
+  arguments = [run, "--split=train", f"--out={out}", "--batch_size=8"]
+  assert f"{PHOTOGRAPHS} embeddings" in ran(embed, arguments, capsys)
+  like = folder / "07.png"
+  arguments = [f"--index={out}", f"--image={like}", "--json", f"--out={tmp_path}/a.png"]
+  (one,) = json.loads(ran(search, [*arguments, "--k=3"], capsys))
+  assert one["results"][0]["id"] == "07.png" and (tmp_path / "a.png").exists()
+  assert "fits" in ran(plan, [*recipe, "--topology=local"], capsys)
+  line = failing(evaluate, [run, "--evals=knn"], capsys)
+  assert "'knn' needs 'label'" in line and "folder:" in line
+
+
+def test_pictures_streamed_and_held_come_in_one_order(folder):
+  def indices(*more):
+    config, _ = read_config(flags("pictures", f"folder:{folder}", *more))
+    data = open_data(config["data"])
+    batches = data.batches(seed=3, batch_size=8, step=2)
+    with_close = [next(batches) for _ in range(9)]
+    batches.close()
+    return data, with_close
+
+  streamed, crops = indices()
+  held, whole = indices("--config.data.columns.image.memory_size=48")
+  assert streamed.train.held is None and held.train.held is not None
+  assert crops[0]["image"].shape == (8, 2, 32, 32, 3)
+  assert whole[0]["image"].shape == (8, 48, 48, 3)
+  for a, b in zip(crops, whole):
+    np.testing.assert_array_equal(a["index"], b["index"])
+  # Crops of the same picture: their colours are near those of the picture.
+  mean = lambda x: x["image"].reshape(8, -1, 3).mean(1)
+  order = np.argsort(crops[0]["index"])
+  distance = np.linalg.norm(mean(crops[0])[:, None] - mean(whole[0])[None], axis=-1)
+  assert (distance.argmin(1) == np.arange(8)).mean() > 0.7, order
+
+
+def test_crops_of_two_sizes(folder, tmp_path, capsys):
+  run = f"--workdir={tmp_path / 'run'}"
+  recipe = flags("multi_crop", f"folder:{folder}")
+  config, _ = read_config(recipe)
+  batches = open_data(config["data"]).batches(seed=0, batch_size=8)
+  batch = next(batches)
+  batches.close()
+  assert {key: x.shape for key, x in batch.items()} == {
+    "index": (8,),
+    "image": (8, 2, 64, 64, 3),
+    "crops": (8, 6, 32, 32, 3),
+  }
+  said = ran(main, [*recipe, run], capsys)
+  assert "step 2/2" in said and "diagnostics/alignment" in said
+  (loss,) = values_of(tmp_path / "run", 2, "train/loss").values()
+  assert np.isfinite(loss)
+  assert "fits" in ran(plan, [*recipe, "--topology=local"], capsys)
+
+
+# What is wrong is one line.
+
+
+@pytest.mark.parametrize(
+  "variant, change, message",
+  [
+    (
+      "text_pairs",
+      "--config.method.name=signals --config.model.channels=6",
+      "method 'signals' needs signal, signal_mask in its batches; they have index, "
+      "passage, passage_mask, query, query_mask: name it in data.columns",
+    ),
+    (
+      "text_pairs",
+      "--config.evals.knn.k=5",
+      "evaluation 'knn' needs 'label', and csv:{} train[80%:] has none (it gives "
+      "passage, query)",
+    ),
+    (
+      "text_pairs",
+      "--config.data.columns.query.lenght=8",
+      "no key 'lenght' in data.columns.query; did you mean 'length'?",
+    ),
+    (
+      "text_pairs",
+      "--config.data.columns.passage.field=answer",
+      "{} has no column 'answer' (data.columns.passage.field); it has: query, passage",
+    ),
+    ("text_pairs", "--config.model.vocab=9", "'passage', but the model takes 9"),
+    (
+      "text_pairs",
+      "--config.data.columns.passage.kind=txt",
+      "data.columns.passage.kind is 'txt'; did you mean 'text'?",
+    ),
+    (
+      "text_pairs",
+      "--config.evals.retrieval.bank=answer",
+      "evaluation 'retrieval': there is no 'answer' among what the model makes of",
+    ),
+    (
+      "text_pairs",
+      "--config.data.columns.query.kind=array",
+      "data.columns.query",
+    ),
+    (
+      "text_pairs",
+      "--config.method.widht=4",
+      "no key 'widht' in method; did you mean 'width'?",
+    ),
+  ],
+)
+def test_what_is_wrong_is_one_line(variant, change, message, pairs, tmp_path, capsys):
+  recipe = flags(variant, f"csv:{pairs[0]}", *change.split())
+  line = failing(main, [*recipe, f"--workdir={tmp_path}"], capsys)
+  assert message.format(pairs[0]) in line
+  assert not log.read_metrics(tmp_path)
+
+
+def test_a_slip_in_code_is_a_traceback(motions, tmp_path, capsys):
+  recipe = flags("signals", f"parquet:{motions}", "--config.method.name=slip_in_code")
+  assert main.main([*recipe, f"--workdir={tmp_path}"]) == 1
+  said = capsys.readouterr().err
+  assert "Traceback" in said and "small_methods.py" in said
+  assert "jnp.ones(3) * jnp.ones(4)" in said
+
+
+def test_sounds_need_a_library(tmp_path, capsys, monkeypatch):
+  import wave
+
+  monkeypatch.setitem(sys.modules, "soundfile", None)
+  (tmp_path / "in").mkdir()
+  for i in range(4):
+    with wave.open(str(tmp_path / "in" / f"{i}.wav"), "wb") as file:
+      file.setparams((1, 2, 8000, 0, "NONE", ""))
+      file.writeframes(bytes(1600))
+  recipe = flags(
+    "signals",
+    f"folder:{tmp_path / 'in'}",
+    "--config.data.columns={'signal': {'kind': 'audio', 'field': 'audio'}}",
+    "--config.evals={}",
+  )
+  line = failing(main, [*recipe, f"--workdir={tmp_path / 'run'}"], capsys)
+  assert line == "clj: audio is decoded by soundfile: pip install soundfile"
