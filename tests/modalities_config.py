@@ -48,9 +48,7 @@ def signals():
           label={"kind": "label", "field": "activity"},
         ),
       },
-      "evals": only(
-        knn={"k": 5, "layer": "signal"}, diagnostics={"layer": "signal"}
-      ),
+      "evals": only(knn={"k": 5, "layer": "signal"}, diagnostics={"layer": "signal"}),
     },
   )
 

@@ -41,7 +41,9 @@ def pairs(tmp_path_factory):
   rng, rows = np.random.default_rng(0), []
   for _ in range(PAIRS):
     said = rng.choice(WORDS, 3, replace=False)
-    rows.append((" ".join(said), " ".join(f"{w[::-1]}o" for w in rng.permutation(said))))
+    rows.append(
+      (" ".join(said), " ".join(f"{w[::-1]}o" for w in rng.permutation(said)))
+    )
   path = tmp_path_factory.mktemp("pairs") / "pairs.csv"
   with open(path, "w", newline="") as file:
     csv.writer(file).writerows([("query", "passage"), *rows])
@@ -145,10 +147,10 @@ def test_a_query_finds_its_passage(pairs, text_run, tmp_path, capsys):
   said = ran(embed, [*arguments, "--what=passage", "--batch_size=64"], capsys)
   assert f"{PAIRS} embeddings of width 8" in said
   queries = [f"--text={query}" for query, _ in pairs[1][:8]]
-  found = ran(search, [f"--index={out}", *queries, "--out=", "--json", "--k=20"], capsys)
-  near = [
-    {row["captions"][0] for row in each["results"]} for each in json.loads(found)
-  ]
+  found = ran(
+    search, [f"--index={out}", *queries, "--out=", "--json", "--k=20"], capsys
+  )
+  near = [{row["captions"][0] for row in each["results"]} for each in json.loads(found)]
   assert sum(passage in them for (_, passage), them in zip(pairs[1], near)) >= 6
   line = failing(embed, [*arguments[:2], f"--out={tmp_path}/o", "--what=text"], capsys)
   assert line == "clj: --what=text: there are passage, query"
@@ -212,34 +214,29 @@ def test_text_pairs_have_the_same_loss_on_any_devices(pairs):
   np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
 
 
+def end_both(module, *arguments):
+  """An entry point in two processes of four devices; both end well."""
+  address = f"127.0.0.1:{free_port()}"
+  share = [f"--coordinator={address}", "--num_processes=2"]
+  both = [
+    start(module, *arguments, *share, f"--process_id={i}", devices=4) for i in range(2)
+  ]
+  said = [child.communicate(timeout=200) for child in both]
+  assert [child.returncode for child in both] == [0, 0], said
+
+
 @pytest.mark.slow
 def test_text_pairs_in_two_processes_are_the_same(pairs, text_run, tmp_path):
-  address, out = f"127.0.0.1:{free_port()}", tmp_path / "index"
-  both = lambda module, *arguments: [
-    start(
-      module,
-      *arguments,
-      f"--coordinator={address}",
-      "--num_processes=2",
-      f"--process_id={i}",
-      devices=4,
-    )
-    for i in range(2)
-  ]
-  run = tmp_path / "run"
-  embedding = [f"--workdir={run}", "--what=passage", f"--out={out}"]
-  for children in (
-    both("clj.main", *flags("text_pairs", f"csv:{pairs[0]}"), f"--workdir={run}"),
-    both("clj.embed", *embedding, "--rows_per_shard=16"),
-  ):
-    said = [child.communicate(timeout=200) for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
-    address = f"127.0.0.1:{free_port()}"
+  run, out = tmp_path / "run", tmp_path / "index"
+  end_both("clj.main", *flags("text_pairs", f"csv:{pairs[0]}"), f"--workdir={run}")
   for step in (1, 2, 30):
     found, expected = (values_of(d, step, "train/loss") for d in (run, text_run))
     assert_close(found, expected, 1e-3 if step == 30 else 1e-5)
   assert_close(*(values_of(d, 0, "eval/") for d in (run, text_run)), 1e-6)
+  share = ["--what=passage", f"--out={out}", "--rows_per_shard=16"]
+  end_both("clj.embed", f"--workdir={run}", *share)
   assert json.loads((out / "index.json").read_text())["texts"] == PAIRS // 5
+  assert len(list(out.glob("part-*"))) == 3
 
 
 # Arrays.
@@ -377,7 +374,7 @@ def test_crops_of_two_sizes(folder, tmp_path, capsys):
       "--config.data.columns.passage.field=answer",
       "{} has no column 'answer' (data.columns.passage.field); it has: query, passage",
     ),
-    ("text_pairs", "--config.model.vocab=9", "'passage', but the model takes 9"),
+    ("text_pairs", "--config.model.vocab=9", "'query', but the model takes 9"),
     (
       "text_pairs",
       "--config.data.columns.passage.kind=txt",
