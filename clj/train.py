@@ -275,7 +275,10 @@ def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
   writer = log.Log(directory, start_step=start, total_steps=config["total_steps"])
   checkpoints.committed = lambda step: writer.say(f"step {step}: saved")
   if start == 0 and jax.process_index() == 0:
-    _draw_views(writer, program.augment, state.rng, batches)
+    with contextlib.ExitStack() as stack:
+      stack.callback(writer.close)  # where data that were not looked at yet are bad
+      _draw_views(writer, program.augment, state.rng, batches)
+      stack.pop_all()
   record = Record(
     directory,
     config,

@@ -15,7 +15,7 @@ def text_pairs():
   """Queries and their passages, of a table."""
   return {
     "batch_size": 16,
-    "total_steps": 12,
+    "total_steps": 30,
     "log_every": 1,
     "checkpoint_every": 3,
     "method": {"name": "text_pairs"},
@@ -28,7 +28,7 @@ def text_pairs():
         "passage": {"kind": "text", "same_as": "query", "length": 16},
       },
     },
-    "optim": {"name": "adamw", "learning_rate": 0.05},
+    "optim": {"name": "adamw", "learning_rate": 0.1},
     "evals": {"retrieval": {"query": "query", "bank": "passage", "ks": (1, 5)}},
   }
 

@@ -42,4 +42,8 @@ def make(model, *, total_steps, width=8, temperature=0.1):
       for name, keys in known.items()
     }
 
-  return Method(init, loss, keep, embed, KEYS["query"] + KEYS["passage"])
+  def limits(params):
+    return dict.fromkeys(KEYS, params["token"].shape[0])
+
+  needs = KEYS["query"] + KEYS["passage"]
+  return Method(init, loss, keep, embed, needs, limits=limits)

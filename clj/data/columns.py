@@ -385,6 +385,10 @@ def _as(array, dtype):
   return made
 
 
+class UnknownShape(UserError):
+  """Of a column whose shape only the data tell, which were not asked."""
+
+
 def array(
   about: About,
   /,
@@ -408,12 +412,11 @@ def array(
     return made if dtype is None else _as(made, dtype)
 
   like = _first_good(about, plain) if about.source else None
-  if like is None and length is None:
-    raise about.error("length", None, "its shape is unknown before the data are there")
-  if length is not None and like is not None and not like.ndim:
+  if like is None:
+    raise UnknownShape(f"data.columns.{name}: its shape is known from the data alone")
+  if length is not None and not like.ndim:
     raise about.error("length", length, "but each value is one number: leave it out")
-  inner = like.shape[1:] if like is not None else ()
-  kind = np.dtype(dtype or (like.dtype if like is not None else np.float32))
+  inner, kind = like.shape[1:], np.dtype(dtype or like.dtype)
   shape = Shape((length, *inner) if length else like.shape, kind)
 
   def fitted(value):

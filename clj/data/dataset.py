@@ -17,7 +17,16 @@ from etils import epath
 
 from clj.cli import UserError, check_keywords
 from clj.data import mixture, pipeline, text
-from clj.data.columns import COLUMNS, OF_SOURCE, About, Column, Shape, picture, strings
+from clj.data.columns import (
+  COLUMNS,
+  OF_SOURCE,
+  About,
+  Column,
+  Shape,
+  UnknownShape,
+  picture,
+  strings,
+)
 from clj.data.source import DataError, Source, Want
 from clj.data.sources import MEMORY_LIMIT, open_source
 
@@ -439,9 +448,10 @@ def expected_spec(section: dict) -> dict[str, Shape]:
   """`Data.spec` without asking the data, for planning where they are not.
 
   Pictures are taken to be streamed, but those with `memory_size` and embedded ones.
+  Where there are arrays, whose shape only the data tell, the data are asked after all.
 
   Raises:
-    UserError: of a column whose shape only the data tell.
+    UserError, DataError: as `open_data`.
   """
   section = _checked(section)
   source = None
@@ -453,7 +463,10 @@ def expected_spec(section: dict) -> dict[str, Shape]:
     if "length" not in options and "same_as" in options:
       options["length"] = section["columns"][options["same_as"]]["length"]
     about = About(name, source=source, crops=_crop_sets(section, name))
-    columns[name] = _make(COLUMNS[kind], about, options)
+    try:
+      columns[name] = _make(COLUMNS[kind], about, options)
+    except UnknownShape:
+      return open_data(section).spec
   is_held = all(column.held_bytes is not None for column in columns.values())
   return _spec(_with_valid(section, columns), is_held)
 

@@ -255,16 +255,13 @@ class Log:
     if self._lines and log_now:
       steps = step - self._began_step
       left = (self._total_steps - step) * (now - self._began) / steps if steps else 0
-      print(
-        f"step {step}/{self._total_steps}  {'  '.join(told)}  {_clock(left)} left",
-        flush=True,
-      )
+      _line(f"step {step}/{self._total_steps}  {'  '.join(told)}  {_clock(left)} left")
 
   def say(self, text: str):
     """A line on the terminal that leaves the progress bar whole."""
     if self._first:
       self._bar.clear()
-      print(text, flush=True)
+      _line(text)
 
   def picture(self, tag: str, image: np.ndarray, step: int):
     """image: `[H, W, 3]` uint8, for TensorBoard."""
@@ -326,6 +323,11 @@ class _Board:
 
   def close(self):
     self._file.close()
+
+
+def _line(text: str):
+  """In one piece: the thread that waits for a save says its lines too."""
+  print(f"{text}\n", end="", flush=True)
 
 
 def _clock(seconds: float) -> str:
