@@ -92,10 +92,8 @@ def views(
   """
   crops = crop_set(key, section)
   boxes = crop_set(boxes_of, section) if boxes_of else crops
-  if flip is None:  # of the entry with the boxes
-    flip, flips = section[boxes.key].get("flip"), boxes
-  else:
-    flips = crops
+  flips = boxes if flip is None else crops  # whose flips these views have
+  flip = section[flips.key].get("flip")
   flip = FLIPPED if flip is None else flip
   mirror = _probability(f"data.augment.{flips.key}.flip", flip, flips.views)[:, :views]
   if grayscale is None:
