@@ -1,16 +1,26 @@
 """CLIP's options, and what is made of CLIP: SLIP, distillation, averaged weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clj import losses, sharding, train
+from clj.interop import init_from
 from clj.methods import make_method
 from clj.methods.ids import text_ids
-from clj.runs import init_from
 
 B, L = 16, 8
+
+
+def start_from(state, *arguments):
+  """`init_from` on a state; returns (state, report)."""
+  params, extra, report = init_from.init_from(state.params, state.extra, *arguments)
+  return dataclasses.replace(state, params=params, extra=extra), report
+
+
 IMAGE = {"name": "vit_test", "depth": 1}
 TEXT = {"name": "text_test", "depth": 1, "vocab": 40}
 
@@ -205,7 +215,7 @@ def test_a_teacher_is_filled_by_init_from_and_imitated(tmp_path):
   method = make(name="clip_distill", teacher=TEACHER, weight=2.0)
   _, state = trained(method, 0)
   rename = (("^(.*)", r"extra/teacher/params/\1"),)
-  state, report = init_from.init_from(state, tmp_path / "teacher.safetensors", rename)
+  state, report = start_from(state, tmp_path / "teacher.safetensors", rename)
   assert f"{len(flat)} of " in report and "refused" not in report
   assert "params/image/patch/kernel" in report  # kept fresh
   given, rng = batch(3), jax.random.key(2)

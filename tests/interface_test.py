@@ -16,12 +16,19 @@ import optax
 import pytest
 
 from clj import sharding
+from clj.interop import init_from
 from clj.method import Aux, Method, keep
-from clj.runs import init_from, log
+from clj.runs import log
 from clj.train import TrainState, make_train_step
 from tests import text_pairs_method
 
 B, D = 16, 8
+
+
+def start_from(state, *arguments):
+  """`init_from` on a state; returns (state, report)."""
+  params, extra, report = init_from.init_from(state.params, state.extra, *arguments)
+  return dataclasses.replace(state, params=params, extra=extra), report
 
 
 def unit(z):
@@ -348,7 +355,7 @@ def test_dinov2_frozen_teacher_comes_from_other_weights(tmp_path):
   reports = []
 
   def change(state):
-    state, report = init_from.init_from(state, tmp_path / "gram.safetensors", rename)
+    state, report = start_from(state, tmp_path / "gram.safetensors", rename)
     reports.append(report)
     return state
 

@@ -1,5 +1,6 @@
 """Weights of other projects: the figures that they computed, and nothing lost."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,9 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 import clj
 from clj import interop, losses, models
-from clj.interop import architecture, convert, files, layouts
-from clj.runs.init_from import init_from
+from clj.interop import architecture, convert, files, init_from, layouts
 from clj.train import TrainState
+
+
+def start_from(state, *arguments):
+  """`init_from` on a state; returns (state, report)."""
+  params, extra, report = init_from.init_from(state.params, state.extra, *arguments)
+  return dataclasses.replace(state, params=params, extra=extra), report
+
 
 FIXTURE = json.loads(make_interop.FIXTURE.read_text())
 CASES = FIXTURE["cases"]
@@ -109,7 +116,7 @@ def test_figures_of_the_reference(case, tmp_path):
   # Half of them with all layers in one leaf.
   scan = {"scan": True} if case in ("hf_clip", "hf_siglip", "open_clip_vit") else {}
   image, text, state = towers(described, case, **scan)
-  state, report = init_from(state, tmp_path)
+  state, report = start_from(state, tmp_path)
   total = len(jax.tree.leaves((state.params, state.extra)))
   assert f"{total} of {total} arrays taken" in report
   assert "not used" not in report and "refused" not in report
@@ -138,7 +145,7 @@ def test_figures_tell_what_shapes_do_not(tower, change, tmp_path):
   weights.facts[tower].update(change)
   described = architecture.describe(weights.leaves, weights.facts)
   image, text, state = towers(described, "hf_clip")
-  state, _ = init_from(state, tmp_path)
+  state, _ = start_from(state, tmp_path)
   found = compute(image, text, state, "hf_clip")[tower]
   assert np.abs(found - np.array(CASES["hf_clip"][tower])).max() > 1e-3
 
@@ -177,7 +184,7 @@ def test_positions_are_resized_as_open_clip_does(key, tmp_path):
   save_file({name: there.copy()}, tmp_path / "table.safetensors")
   params = {tower: {"position": jnp.zeros(here)}}
   state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, ())
-  state, report = init_from(state, tmp_path / "table.safetensors")
+  state, report = start_from(state, tmp_path / "table.safetensors")
   assert "resized (1)" in report
   found = state.params[tower]["position"]
   np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
@@ -196,7 +203,7 @@ def test_layers_are_stacked_and_split(tmp_path):
   def start(encoder, file):
     params = {"text": {"encoder": encoder}}
     state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, ())
-    state, report = init_from(state, tmp_path / file)
+    state, report = start_from(state, tmp_path / file)
     return state.params["text"]["encoder"], report
 
   for file in ("one.safetensors", "each.safetensors"):
@@ -224,7 +231,7 @@ def test_layers_of_another_checkpoint_on_a_mesh(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(0, first, {}, {})
     checkpoints.close()
-    state, report = init_from(state_of(True, 1), tmp_path)
+    state, report = start_from(state_of(True, 1), tmp_path)
     assert "kept fresh" not in report and "not used" not in report
   old, new = first.params["text"]["encoder"], state.params["text"]["encoder"]["blocks"]
   for i in range(2):
@@ -243,7 +250,7 @@ def test_every_array_is_accounted_for(tmp_path):
   assert list(weights.unknown) == ["visual.attn_pool.query"]
   described = architecture.describe(weights.leaves, weights.facts)
   _, _, state = towers(described, "open_clip_vit")
-  _, report = init_from(state, tmp_path)
+  _, report = start_from(state, tmp_path)
   assert "kept fresh (1):\n    params/text/ln_post/bias" in report
   assert "refused (1):\n    params/image_head/kernel: (80, 7) there" in report
   assert "not used (1):\n    visual.attn_pool.query" in report
@@ -604,7 +611,7 @@ def test_finetuning_starts_from_the_file_twice(tmp_path):
   struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
   params, extra = jax.tree.map(struct, (params, extra))
   state = TrainState(0, 0, params, extra, ())
-  state, report = init_from(state, tmp_path, recipe.init_rename)
+  state, report = start_from(state, tmp_path, recipe.init_rename)
   for title in ("kept fresh", "refused", "not used"):
     assert title not in report
   start = state.extra["start"]

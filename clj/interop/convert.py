@@ -10,6 +10,7 @@ weights are written as that project has them, with its configuration beside them
 array is accounted for: what has no place is refused.
 """
 
+import copy
 import json
 import sys
 
@@ -48,10 +49,8 @@ SECTIONS = {
     "test_split": "test",
     "data_dir": "",
     "threads": 0,
-    "views": 1,
-    "crop_scale": (0.9, 1.0),
-    "crop_ratio": (3 / 4, 4 / 3),
-    "augment": {},
+    "columns": {"image": {}, "text": {"field": "caption"}, "label": {}},
+    "augment": {"image": {"name": "views", "views": 1, "crop_scale": (0.9, 1.0)}},
   },
 }
 
@@ -102,8 +101,8 @@ def _read_workdir(directory, step) -> Model:
     for i, layer in enumerate(leaf):
       leaves[name.replace("/blocks/", f"/block{i}/")] = layer
   end = loaded.tokenizer.end[-1] if loaded.tokenizer and loaded.tokenizer.end else None
-  data = config["data"]
-  size, crop = data["size"], data.get("eval_crop", 0.875)
+  size = loaded.columns["image"].test_spec["image"].shape[1]
+  crop = config["data"]["columns"]["image"].get("eval_crop", 0.875)
   return Model(leaves, config["method"], config["model"], size, crop, end)
 
 
@@ -155,8 +154,12 @@ def write_workdir(
   length = len(model.leaves["params/text/position"])
   config = dict(sections) | {"method": model.method, "model": model.model}
   config["init_from"] = str(source)
-  config["data"] = dict(config["data"]) | {"size": model.size, "eval_crop": model.crop}
-  config["data"]["text"] = None
+  data = config["data"] = copy.deepcopy(config["data"])
+  columns, augment = data["columns"], data["augment"]
+  image = {"size": model.size, "eval_crop": model.crop}
+  columns["image"] = columns.get("image", {}) | image
+  augment["image"] = augment["image"] | {"size": model.size}
+  said = columns.pop("text", {})
   lines = []
   if tokenizer is None:
     lines.append("no vocabulary: texts need one, say --tokenizer=FILE")
@@ -171,7 +174,7 @@ def write_workdir(
         f"{tokenizer} has {opened.vocab_size} ids, the model only {vocab}: it is the "
         "vocabulary of another model"
       )
-    config["data"]["text"] = section
+    columns["text"] = {"field": said.get("field", "text")} | section
 
   method = make_method(config["method"], config["model"], config["total_steps"])
   batch = {
@@ -198,9 +201,9 @@ def write_workdir(
     )
   workdir.record_config(directory, config, 0)
   clock = {"seconds": 0.0}
-  if config["data"]["text"]:
+  if "text" in columns:
     opened.save(directory / "tokenizer")
-    clock["tokenizer"] = opened.fingerprint
+    clock["columns"] = {"text": opened.settings}
   state = {"step": jnp.zeros((), jnp.int32), "rng": jax.random.key(0), "opt_state": ()}
   state |= {"params": params, "extra": extra}
   checkpoints = checkpoint.Checkpoints(directory)
