@@ -6,8 +6,10 @@
 The real train step of the config is compiled for every device of the topology, from
 shapes alone; no TPU is needed, only its compiler (pip install libtpu). What one device
 holds, computes, moves in its memory and sends is then read off the compiled program
-(`clj.planning.hlo`) and set against the published peaks of the hardware. The times are
-bounds, not forecasts: nothing runs at its peak.
+(`clj.planning.hlo`) and set against the published peaks of the hardware: in all, and
+for each part of the step (augmentation, towers, loss, optimiser, and the rest), which
+shows what holds the others up. The times are bounds, not forecasts: nothing runs at its
+peak.
 
 --topology: GENERATION:SHAPE in chips, such as v5e:16x16, v4:4x4x4, or 8xv5e:16x16 for
   eight slices; several, with commas, give a table; "local" is the GPUs or the CPU here.

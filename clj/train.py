@@ -27,6 +27,7 @@ from clj.evals.measure import best_metric, make_evaluate, summary
 from clj.interop.init_from import config_of, init_from
 from clj.method import Method
 from clj.methods import make_method
+from clj.planning import chips, hlo
 from clj.runs import checkpoint, log, processes, workdir
 from clj.runs.record import Record
 
@@ -249,8 +250,9 @@ def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
   batches = lambda step, rows=mesh_rows: contextlib.closing(
     data.batches(seed=seed, batch_size=batch_size, step=step, rows=rows)
   )
+  shapes = batch_shapes(data, batch_size, grid)
   program = build(
-    batch_shapes(data, batch_size, grid),
+    shapes,
     grid,
     augment=config["data"].get("augment", {}),
     rules=config["mesh"].get("rules", ()),
@@ -281,7 +283,7 @@ def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
     directory,
     config,
     writer=writer,
-    meter=log.Meter(batch_size, start, seconds),
+    meter=log.Meter(batch_size, start, seconds, **_utilisation(program, shapes)),
     checkpoints=checkpoints,
     evaluate=functools.partial(evaluate, writer=writer, stopping=stopping),
     about=lambda step: {
@@ -296,6 +298,13 @@ def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
   constants = sharding.to_all(data.constants, grid)
   steps = range(start, config["total_steps"])
   return Run(program, state, data, batches, steps, constants, record)
+
+
+def _utilisation(program, shapes) -> dict:
+  """FLOPs of a step and the device's peak; the loop finds the step compiled."""
+  compiled = program.step.lower(program.state, shapes).compile()
+  peak = chips.peak_flops(jax.local_devices()[0])
+  return {"flops": hlo.step_flops(compiled), "peak": peak}
 
 
 def batch_shapes(data, batch_size: int, grid) -> dict:

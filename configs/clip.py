@@ -430,8 +430,8 @@ def finetune():
   `init_rename` takes the weights twice: to train, and to stay as they were. Recall is
   printed "before" (as the weights came), after with the average of both ("retrieval",
   arXiv:2109.01903), and with the trained weights alone ("retrieval_trained"). Where
-  the data have classes, add `evals.zeroshot` and another, with the query "trained_image"
-  and the bank "trained_text".
+  the data have classes, add `evals.zeroshot`, and another with the query
+  "trained_image" and the bank "trained_text".
   """
   return differ(
     vit_b32_laion400m(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clj.data import ingest, sources
+from clj.data import DataError, Want, ingest, open_source
 from clj.evals.load import load
 from clj.runs import checkpoint, log, workdir
 from clj.train import train
@@ -91,13 +91,14 @@ def test_tfds_data_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
   for file in local.rglob("*"):
     if file.is_file():
       bucket.write(str(file.relative_to(tmp_path)), file.read_bytes())
-  source = lambda where: sources.open_source("pictures", "train[10%:]", where)
+  wants = {"image": Want("image", "image"), "label": Want("label", "label")}
+  source = lambda where: open_source("pictures", "train[10%:]", where, wants=wants)
   ours, theirs = source("gs://bucket/tfds"), source(str(tmp_path / "tfds"))
-  assert len(ours) == 36 and ours.class_names == ("one", "two")
+  assert len(ours) == 36 and ours.class_names == {"label": ("one", "two")}
   assert ours.read(range(36)) == theirs.read(range(36))
   shard = next(name for name in bucket.objects if "array_record-00001" in name)
   del bucket.objects[shard]
-  with pytest.raises(sources.DataError, match=f"lacks the file gs://bucket/{shard}"):
+  with pytest.raises(DataError, match=f"lacks the file gs://bucket/{shard}"):
     source("gs://bucket/tfds")
 
 

@@ -232,6 +232,17 @@ def test_broken_sounds_are_replaced():
   assert "it is no sound" in stream.train.bad[4]
 
 
+def test_what_is_held_is_held_whole():
+  source = source_of(image=[b""] * 9, x=[b""] * 9)
+  found = {"image": {"memory_size": 8}, "x": {"kind": "audio"}}
+  data = open_data({"columns": found}, source=source)
+  said = (
+    "data.columns.image.memory_size holds made in memory, but data.columns.x is str"
+  )
+  with pytest.raises(DataError, match=said):
+    data.spec  # noqa: B018
+
+
 def test_spoken_digits(tfds_data_dir):
   pytest.importorskip("soundfile")
   pytest.importorskip("soxr")
@@ -406,3 +417,61 @@ def test_constants():
   assert data.constants.keys() == {"edges"}
   np.testing.assert_array_equal(data.constants["edges"], edges)
   assert "edges" not in data.spec
+
+
+# The same from files of every kind.
+
+
+def sounds_in(kind, root):
+  """Six sounds with a class and two numbers, as files of a kind; a section's source."""
+  import tarfile
+
+  import pyarrow
+  from pyarrow import csv, parquet
+
+  from tests.files_test import add
+
+  data = [flac(tone(100 + i, 8000), 8000) for i in range(6)]
+  names, numbers = ["low", "high"] * 3, [[i, i + 0.5] for i in range(6)]
+  for i, (name, sound) in enumerate(zip(names, data)):
+    if kind in ("folder", "csv"):
+      folder = root / name if kind == "folder" else root
+      folder.mkdir(exist_ok=True)
+      (folder / f"{i}.flac").write_bytes(sound)
+  if kind == "folder":
+    return f"folder:{root}"
+  if kind == "webdataset":
+    with tarfile.open(root / "x.tar", "w") as shard:
+      for i, sound in enumerate(data):
+        add(shard, f"{i}.flac", sound)
+        described = {"label": names[i], "numbers": numbers[i]}
+        add(shard, f"{i}.json", json.dumps(described).encode())
+    return f"webdataset:{root}/x.tar"
+  if kind == "csv":
+    column = [f"{i}.flac" for i in range(6)]
+    numbers = [json.dumps(x) for x in numbers]
+  else:
+    column = [{"bytes": x, "path": None} for x in data]
+  table = pyarrow.table({"audio": column, "label": names, "numbers": numbers})
+  write = csv.write_csv if kind == "csv" else parquet.write_table
+  write(table, root / f"x.{kind}")
+  return f"{kind}:{root}/x.{kind}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "parquet", "webdataset"])
+def test_sounds_and_numbers_in_files(tmp_path, kind):
+  audio = {"kind": "audio", "rate": 8000, "seconds": 0.0125}
+  found = {"audio": audio, "label": {}}
+  if kind != "folder":
+    found["numbers"] = {"kind": "array"}
+  section = {"source": sounds_in(kind, tmp_path), "columns": found}
+  split = open_data(section).train
+  whole = evaluated(split, 6)
+  order_ = [1, 3, 5, 0, 2, 4] if kind == "folder" else range(6)  # high, then low
+  np.testing.assert_array_equal(whole["label"], [1 - i % 2 for i in order_])
+  assert split.classes["label"] == ("high", "low")
+  for row, i in enumerate(order_):
+    middle = tone(100 + i, 8000)[i // 2 :][:100]
+    np.testing.assert_allclose(whole["audio"][row], middle, atol=1e-4)
+    if kind != "folder":
+      np.testing.assert_array_equal(whole["numbers"][row], np.float32([i, i + 0.5]))

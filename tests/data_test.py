@@ -586,6 +586,7 @@ def test_a_prepared_data_set(tmp_path, monkeypatch):
   assert memory.spec["image"].shape == (12, 12, 3)
   assert memory.train.held is not None
   assert stream.train.held is None
+  assert stream.spec["image"].shape == (1, 12, 12, 3)
   assert_same(joined(take(memory, 6)), one_view(joined(take(stream, 6))))
   whole = evaluated(memory.train, 40)
   np.testing.assert_array_equal(whole["image"][:, 0], pictures)

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clj import losses, models, sharding
-from clj.models import conv as conv_lib
 from clj.losses import contrastive
+from clj.models import conv as conv_lib
 from clj.planning import chips, fit, hlo, report, step
 from clj.runs import log
 from configs import clip, simclr

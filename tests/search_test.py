@@ -179,7 +179,7 @@ def synthetic(directory, format, sizes=((40, 3), (0, 0), (17, 9)), dim=8):
   made = index.Index(str(directory), info).write_info()
   everything = {"image": [], "text": []}
   for part, counts in enumerate(sizes):
-    modality = [m for m, n in zip(index.MODALITIES, counts) for _ in range(n)]
+    modality = [m for m, n in zip(("image", "text"), counts) for _ in range(n)]
     z = rng.normal(size=(len(modality), dim)).astype(np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     columns = {name: [None] * len(z) for name in index.COLUMNS}

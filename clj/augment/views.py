@@ -92,11 +92,8 @@ def views(
   """
   crops = crop_set(key, section)
   boxes = crop_set(boxes_of, section) if boxes_of else crops
-  if flip is None:  # of the entry with the boxes
-    flip, flips = section[boxes.key].get("flip"), boxes
-  else:
-    flips = crops
-  flip = FLIPPED if flip is None else flip
+  flips = boxes if flip is None else crops  # whose they are
+  flip = section[flips.key].get("flip", FLIPPED) if flip is None else flip
   mirror = _probability(f"data.augment.{flips.key}.flip", flip, flips.views)[:, :views]
   if grayscale is None:
     grayscale = 0.0 if boxes_of else GRAYSCALE

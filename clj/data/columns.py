@@ -44,6 +44,7 @@ class Column(NamedTuple):
   Attributes:
     name: the first of its keys.
     spec, test_spec: keys -> `Shape` of a row, in training and in evaluation.
+    held_spec: of a row in training where it is held in memory; None: as `spec`.
     train: (value, seed, position) -> item; what is drawn is keyed by (seed, position).
     test: value -> item. Both raise where the value is broken.
     rows: list of items -> {key: rows}.
@@ -71,6 +72,7 @@ class Column(NamedTuple):
   gather: Callable
   stored: Shape | None = None
   pack: Callable = lambda held: held
+  held_spec: dict[str, Shape] | None = None
   held_bytes: int | None = None
   fill: dict[str, float] = {}
   describe: Callable | None = None
@@ -164,7 +166,7 @@ def image(
   }
   return Column(
     about.name,
-    {about.name: stored} if held else streamed,
+    streamed,
     {about.name: Shape((1, size, size, 3), np.uint8)},
     train,
     test,
@@ -172,6 +174,7 @@ def image(
     store=lambda value: images.fit(decode(value), *held),
     gather=gather,
     stored=stored,
+    held_spec={about.name: stored} if held else None,
     held_bytes=stored.nbytes if held else None,
     held_key=f"data.columns.{about.name}.memory_size" if memory_size else "",
   )

@@ -126,21 +126,36 @@ class Split:
     return self.source.bad
 
   @functools.cached_property
-  def held(self) -> pipeline.Held | None:
-    """The split in memory, decoded at the first look; None: it is streamed."""
-    columns = list(self.columns.values())
-    sizes = [column.held_bytes for column in columns]
-    asked = [column.held_key for column in columns if column.held_key]
-    if None in sizes:
-      return None
-    if (needed := len(self) * sum(sizes)) > self._limit:
+  def is_held(self) -> bool:
+    """Whether the split is held in memory: all columns can be, and there is room.
+
+    Raises:
+      DataError: the config asks for it, and it cannot be.
+    """
+    sizes = {name: column.held_bytes for name, column in self.columns.items()}
+    asked = [column.held_key for column in self.columns.values() if column.held_key]
+    if streamed := [name for name, size in sizes.items() if size is None]:
       if not asked:
-        return None
+        return False
+      raise DataError(
+        f"{asked[0]} holds {self.name} in memory, but data.columns.{streamed[0]} is"
+        " streamed: hold it too, or set this one to 0 to stream both"
+      )
+    if (needed := len(self) * sum(sizes.values())) > self._limit:
+      if not asked:
+        return False
       raise DataError(
         f"{self.name} with {asked[0]} takes {needed / 2**30:.1f} GiB of"
         f" {self._limit / 2**30:.1f}: lower it, or set it to 0 to stream"
       )
-    return pipeline.load(self.source, columns)
+    return True
+
+  @functools.cached_property
+  def held(self) -> pipeline.Held | None:
+    """The split in memory, decoded at the first look; None: it is streamed."""
+    if not self.is_held:
+      return None
+    return pipeline.load(self.source, list(self.columns.values()))
 
   def _chosen(self, keys):
     """The columns that give some of these keys; None: all."""
@@ -277,7 +292,7 @@ class Data:
   @functools.cached_property
   def spec(self) -> dict[str, Shape]:
     """Shape and dtype of a row of a training batch, by key."""
-    return _spec(self.columns)
+    return _spec(self.columns, self.train.is_held)
 
   @functools.cached_property
   def train(self) -> Split:
@@ -298,6 +313,12 @@ class Data:
 
   def split(self, name: str) -> Split:
     """Any split of the same source, opened once."""
+    section = self.section
+    plain = (
+      not section["mixture"] and not section["balanced"] and section["subset"] == 1
+    )
+    if name == section["train_split"] and plain:
+      return self.train
     if name not in self._splits:
       source = _open(self.section | {"mixture": ()}, name, self._limit)
       split = Split(source, self.columns, self.section["threads"], self._limit)
@@ -308,14 +329,19 @@ class Data:
     """Another data set for an evaluation, with this one's sizes and tokenizers.
 
     Where it is read, which fields, and what is held in memory are its own. What of the
-    columns it does not have is left out, unless the section names it.
+    columns it does not have is left out, unless the section names it. A section without
+    a source is of the same data set: another split of it.
     """
     key = json.dumps(section, sort_keys=True, default=str)
+    same = "source" not in section
+    if same:
+      kept = ("source", "data_dir", "train_split", "test_split")
+      section = {k: self.section[k] for k in kept} | section
     if key not in self._others:
       own = section.get("columns") or {}
       columns = {}
       for name, options in self.section["columns"].items():
-        shared = {k: v for k, v in options.items() if k not in OF_SOURCE}
+        shared = {k: v for k, v in options.items() if same or k not in OF_SOURCE}
         shared["kind"] = options.get("kind", name)
         size = next(iter(self.columns[name].test_spec.values())).shape
         if shared["kind"] == "image":
@@ -441,7 +467,8 @@ def expected_spec(section: dict) -> dict[str, Shape]:
       columns[name] = _make(COLUMNS[kind], about, options)
     except UnknownShape:
       return open_data(section).spec
-  return _spec(_with_valid(section, columns))
+  is_held = all(column.held_bytes is not None for column in columns.values())
+  return _spec(_with_valid(section, columns), is_held)
 
 
 def data_of_run(section: dict, workdir, memory_limit: int = MEMORY_LIMIT) -> Data:
@@ -468,10 +495,10 @@ def data_of_run(section: dict, workdir, memory_limit: int = MEMORY_LIMIT) -> Dat
   return Data(checked, columns, None, memory_limit)
 
 
-def _spec(columns):
+def _spec(columns, is_held):
   spec = {"index": Shape((), np.int32)}
   for column in columns.values():
-    spec |= {key: column.spec[key] for key in column.spec}
+    spec |= (column.held_spec if is_held else None) or column.spec
     if column.valid:
       spec[f"{column.name}_valid"] = Shape((), np.bool_)
   return spec

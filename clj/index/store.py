@@ -30,7 +30,6 @@ from clj.cli import UserError
 from clj.runs import whole
 
 FORMATS = ("parquet", "npy")
-MODALITIES = ("image", "text")
 COLUMNS = ("id", "path", "record", "modality", "captions", "label")
 BLOCK = 16384  # rows that are read at a time, and of a row group of Parquet
 

@@ -414,29 +414,31 @@ def _relative(sums, stats, scale, bounded):
   return lse if stats.low is None else lse - scale * stats.low
 
 
+def _weighted(arrays, stats, sums, g):
+  """The statistics that the backward pass takes: of each row its sums and cotangent."""
+  top, total = sums
+  if arrays.labels is not None:  # so that the weight is that of a target too
+    count = jnp.maximum(arrays.positives, 1)
+    top, total = top + jnp.log(total / count), count
+  weight = jnp.where(total > 0, g / total, 0.0)
+  return _Stats(stats.reference, top=_finite(top), weight=weight)
+
+
 def _local_backward(plan, axes, arrays, kept, g):
   x, y = _sides(plan, arrays)
   scale, gathered, (rows, cols) = arrays.scale, kept.gathered, kept.sums
   g = (jnp.concatenate(g),) if plan.mode == "self" else g
-
-  def weighted(stats, sums, g):
-    top, total = sums
-    if arrays.labels is not None:  # so that the weight is that of a target too
-      count = jnp.maximum(arrays.positives, 1)
-      top, total = top + jnp.log(total / count), count
-    weight = jnp.where(total > 0, g / total, 0.0)
-    return _Stats(stats.reference, top=_finite(top), weight=weight)
 
   # The scale's gradient is summed around the mean reference, against cancellation.
   reference, low = x.stats.reference, x.stats.low
   center = jnp.mean(reference)
   if axes is not None:
     center = vary(jax.lax.pmean(center, axes), tuple(sorted(varying(reference))))
-  x = x._replace(stats=weighted(x.stats, rows, g[0]))
+  x = x._replace(stats=_weighted(arrays, x.stats, rows, g[0]))
   if plan.mode == "self":
     y = x
   if plan.mode == "pair":
-    y = y._replace(stats=weighted(y.stats, cols, g[1]))
+    y = y._replace(stats=_weighted(arrays, y.stats, cols, g[1]))
   weights = sum(g)
   distance = reference - center
   dscale = -jnp.sum(weights * (distance if low is None else distance + low))

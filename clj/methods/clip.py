@@ -51,13 +51,11 @@ def make(
 ) -> Method:
   """Builds CLIP.
 
-  Parameters are named "image/...", "text/..." (the towers), "image_head/...",
-  "text_head/...", "log_scale" and "bias" (of the sigmoid loss). A learning rate of its
-  own for a tower is a group of the optimiser, `(("^image/", {"multiplier": 0.1}),)`.
+  Parameters are "image/...", "text/..." (the towers), "image_head/...", "log_scale" and
+  so on; a tower's own learning rate is a group, `(("^image/", {"multiplier": 0.1}),)`.
 
   Args:
     model: "image" and "text": keyword arguments of `models.image` and `models.text`.
-    total_steps: of the run; nothing here changes with them.
     width: of the joint space.
     image_head, text_head: what leads from a tower's features to the joint space:
       "linear" (CLIP), "affine" (with a bias: SigLIP's texts) or "none" (the features
@@ -68,9 +66,8 @@ def make(
       limits (SigLIP).
     init_bias: of the sigmoid loss.
     mask_duplicates: pairs of equal tokens are not negatives of each other.
-    locked: a regular expression on names of parameters that stay as they are:
-      "^image/" is LiT. A tower that is locked as a whole runs as in evaluation (batch
-      statistics frozen, no dropout).
+    locked: a regular expression on names of parameters that stay as they are, "^image/"
+      for LiT; see `towers.make`.
     micro_batch: images and texts that are encoded at a time, over all devices; 0: all.
       It divides the batch. Not for towers with batch norm, which see their whole batch.
     ring: embeddings travel around the devices instead of being gathered.

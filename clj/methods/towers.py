@@ -74,21 +74,9 @@ def make(
         )
       apply = functools.partial(network.apply, train=False)
       h, _ = jax.eval_shape(apply, params[name], stats[name], *inputs[name])
-      if head := init_head(rng_head, name, h.shape[-1]):
+      if head := _init_head(rng_head, name, heads[name], h.shape[-1], width):
         params[f"{name}_head"] = head
     return params, stats
-
-  def init_head(rng, name, features):
-    if heads[name] == "none":
-      if features != width:
-        raise UserError(
-          f"the {name} tower's features are {features} wide and method.width is "
-          f"{width}; without a head they must be equal: set method.{name}_head"
-        )
-      return {}
-    kernel = jax.random.normal(rng, (features, width)) / math.sqrt(features)
-    bias = {"bias": jnp.zeros((width,))} if heads[name] == "affine" else {}
-    return {"kernel": kernel, **bias}
 
   def is_locked(params, name):
     """Whether all of a tower is."""
@@ -124,6 +112,19 @@ def make(
     return h, z
 
   return Towers(init, encode, embed)
+
+
+def _init_head(rng, name, head, features, width) -> dict:
+  if head == "none":
+    if features != width:
+      raise UserError(
+        f"the {name} tower's features are {features} wide and method.width is "
+        f"{width}; without a head they must be equal: set method.{name}_head"
+      )
+    return {}
+  kernel = jax.random.normal(rng, (features, width)) / math.sqrt(features)
+  bias = {"bias": jnp.zeros((width,))} if head == "affine" else {}
+  return {"kernel": kernel, **bias}
 
 
 def inputs(batch, keys) -> tuple[jax.Array, ...]:

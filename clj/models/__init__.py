@@ -9,10 +9,12 @@ A `Network` is what the rest of clj sees:
 never mutated, and unchanged with `train=False`.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from clj.cli import UserError
 from clj.models.clip_resnet import CLIPResNet
 from clj.models.heads import MLP, Linear
 from clj.models.resnet import ResNet
@@ -185,6 +187,15 @@ TEXT = {
 }
 
 
+def _built(make, kwargs, where) -> Network:
+  try:
+    return network(make(**kwargs))
+  except TypeError as error:
+    if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+      raise UserError(f"no key {found[1]!r} in {where}") from error
+    raise
+
+
 def image(name="resnet18", **kwargs) -> Network:
   """An image encoder: `[N, H, W, 3]` float32 in [0, 1] -> features `[N, d]` float32.
 
@@ -198,11 +209,11 @@ def image(name="resnet18", **kwargs) -> Network:
   The towers of CLIP and SigLIP end before their linear map into the joint space.
   kwargs for CLIP's ResNets: all fields of `clip_resnet.CLIPResNet`.
 
-  Raises ValueError for an unknown name, TypeError for an unknown argument.
+  Raises UserError for an unknown name or argument.
   """
   if name not in IMAGE:
-    raise ValueError(f"unknown image encoder {name!r}; there are {', '.join(IMAGE)}")
-  return network(IMAGE[name](**kwargs))
+    raise UserError(f"unknown image encoder {name!r}; there are {', '.join(IMAGE)}")
+  return _built(IMAGE[name], kwargs, f"model ({name})")
 
 
 def text(name="clip_vit_b32", **kwargs) -> Network:
@@ -218,11 +229,11 @@ def text(name="clip_vit_b32", **kwargs) -> Network:
   the other fields of `text.Text` and of `transformer.Encoder`. The linear map into the
   joint space is not part of it.
 
-  Raises ValueError for an unknown name, TypeError for an unknown argument.
+  Raises UserError for an unknown name or argument.
   """
   if name not in TEXT:
-    raise ValueError(f"unknown text encoder {name!r}; there are {', '.join(TEXT)}")
-  return network(TEXT[name](**kwargs))
+    raise UserError(f"unknown text encoder {name!r}; there are {', '.join(TEXT)}")
+  return _built(TEXT[name], kwargs, f"model.text ({name})")
 
 
 def projector(

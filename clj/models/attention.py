@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from clj import sharding
+from clj.cli import UserError
 from clj.models import dense
 
 # Tokens, of the TPU kernel: of which it takes multiples; at most against each other, so
@@ -167,7 +168,7 @@ def splash(q, k, v, mask=None, *, causal=False, interpret=False):
 def cudnn(q, k, v, mask=None, *, causal=False):
   """cuDNN's kernel, which needs 16 bits and a head width that is a multiple of 8."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
-    raise ValueError(
+    raise UserError(
       f"flash attention on a GPU is cuDNN's, which has no {q.dtype}; "
       "use dtype='bfloat16' or attention='plain'"
     )

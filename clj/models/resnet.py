@@ -9,6 +9,7 @@ Padding is symmetric, also that of the max-pool.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from clj.cli import UserError
 from clj.models.conv import Conv
 from clj.models.norm import BatchNorm
 
@@ -75,7 +76,7 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     if self.stem not in STEMS:
-      raise ValueError(f"unknown stem {self.stem!r}; there are {', '.join(STEMS)}")
+      raise UserError(f"unknown stem {self.stem!r}; there are {', '.join(STEMS)}")
     size, stride = STEMS[self.stem]
     x = Conv(self.widths[0], size, stride, dtype=self.dtype, name="conv_stem")(x)
     x = nn.relu(BatchNorm(dtype=self.dtype, name="bn_stem")(x, train))

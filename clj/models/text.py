@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clj.cli import UserError
 from clj.models.dense import layer_norm
 from clj.models.transformer import Encoder, keep_shape, normal
 
@@ -46,9 +47,9 @@ class Text(nn.Module):
   @nn.compact
   def __call__(self, text, text_mask, *, train):
     if self.pool not in POOLS:
-      raise ValueError(f"unknown pool {self.pool!r}; there are {', '.join(POOLS)}")
+      raise UserError(f"unknown pool {self.pool!r}; there are {', '.join(POOLS)}")
     if self.token_dropout and not self.mask_padding:
-      raise ValueError("token_dropout hides tokens as padding: it needs mask_padding")
+      raise UserError("token_dropout hides tokens as padding: it needs mask_padding")
     dtype, length = self.encoder.dtype, text.shape[1]
     if train and self.token_dropout:
       text_mask = drop_tokens(self.make_rng("dropout"), text_mask, self.token_dropout)
@@ -61,7 +62,7 @@ class Text(nn.Module):
     shape = (length, self.width)
     position = keep_shape(self, "position", normal(position_std), *shape)
     if length > len(position):
-      raise ValueError(
+      raise UserError(
         f"texts of {length} tokens, but the model has {len(position)} positions"
       )
     x = x + position[:length].astype(dtype)[None]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from clj import sharding
+from clj.cli import UserError
 from clj.models.attention import FORMS
 from clj.models.dense import activate, layer_norm, linear, settle
 
@@ -100,7 +101,7 @@ class Attention(nn.Module):
   def __call__(self, x, context, mask=None, causal=False):
     width = x.shape[-1]
     if width % self.heads:
-      raise ValueError(f"width {width} does not divide into {self.heads} heads")
+      raise UserError(f"width {width} does not divide into {self.heads} heads")
 
     def project(x, name):
       x = linear(width, self.dtype, kernel_init=self.inits.qkv, name=name)(x)
@@ -212,12 +213,12 @@ class Encoder(nn.Module):
       (self.attention, FORMS),
     ):
       if value not in known:
-        raise ValueError(f"unknown {value!r}; there are {', '.join(known)}")
+        raise UserError(f"unknown {value!r}; there are {', '.join(known)}")
     width = x.shape[-1]
     hidden = self.hidden or 4 * width
     block = Block
     if self.remat not in REMAT:
-      raise ValueError(f"unknown remat {self.remat!r}; there are {[*REMAT]}")
+      raise UserError(f"unknown remat {self.remat!r}; there are {[*REMAT]}")
     remat = self.remat
     if self.scan and sharding.is_split():
       # Each turn of the loop gathers its layer, and does so again in the backward pass:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clj.cli import UserError
 from clj.models.dense import layer_norm, linear
 from clj.models.transformer import (
   INITS,
@@ -25,7 +26,7 @@ def sincos2d(rows, columns, width):
   frequencies from 1 down to 1 / 10,000.
   """
   if width % 4:
-    raise ValueError(f"sine-cosine positions need a width divisible by 4, not {width}")
+    raise UserError(f"sine-cosine positions need a width divisible by 4, not {width}")
   frequencies = 1e4 ** (-jnp.arange(width // 4) / (width // 4))
   row = jnp.arange(rows)[:, None] * frequencies[None]
   column = jnp.arange(columns)[:, None] * frequencies[None]
@@ -129,12 +130,12 @@ class ViT(nn.Module):
   def __call__(self, x, mask=None, *, train):
     pools = ("cls", "mean", "map", "tokens")
     if self.pool not in pools:
-      raise ValueError(f"unknown pool {self.pool!r}; there are {', '.join(pools)}")
+      raise UserError(f"unknown pool {self.pool!r}; there are {', '.join(pools)}")
     cls = self.pool in ("cls", "tokens") if self.cls is None else self.cls
     if self.pool == "cls" and not cls:
-      raise ValueError("pool 'cls' needs a class token: cls=True")
+      raise UserError("pool 'cls' needs a class token: cls=True")
     if mask is not None and not self.mask_token:
-      raise ValueError("masked patches need mask_token=True")
+      raise UserError("masked patches need mask_token=True")
     dtype, width = self.encoder.dtype, self.width
     clip = self.encoder.kernel_init == "torch"
 
@@ -196,7 +197,7 @@ class ViT(nn.Module):
     if self.positions == "sincos2d":
       return sincos2d(rows, columns, self.width)
     if self.positions != "learned":
-      raise ValueError(
+      raise UserError(
         f"unknown positions {self.positions!r}; there are learned, sincos2d"
       )
     shape = (rows, columns, self.width)
@@ -214,7 +215,7 @@ def patches(x, size):
   n, height, width, channels = x.shape
   rows, columns = height // size, width // size
   if not rows or not columns:
-    raise ValueError(f"an image of {height} x {width} has no patch of {size} pixels")
+    raise UserError(f"an image of {height} x {width} has no patch of {size} pixels")
   x = x[:, : rows * size, : columns * size]
   x = x.reshape(n, rows, size, columns, size, channels).swapaxes(2, 3)
   return x.reshape(n, rows, columns, -1)

@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+
 from clj.cli import UserError
 
 # JAX is imported where it is needed: the parent must start fast and hold no device.

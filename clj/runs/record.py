@@ -109,9 +109,7 @@ class Record:
 
   def _evaluation_due(self, step):
     regular = self._eval_every > 0 and step % self._eval_every == 0
-    return self._has_evals and (
-      step in (0, self._total_steps) or regular
-    )
+    return self._has_evals and (step in (0, self._total_steps) or regular)
 
   def _settle(self):
     """Writes the metrics of the last step, once the device has finished it."""
@@ -125,7 +123,8 @@ class Record:
     if not metrics.pop("finite"):
       raise FloatingPointError(self._not_finite(step, metrics["loss"]))
     now = step % self._log_every == 0 or step == self._total_steps
-    self._writer.progress(step, metrics["loss"], self._meter.speed(step), now)
+    speed, mfu = self._meter.speed(step), self._meter.mfu(step)
+    self._writer.progress(step, metrics["loss"], speed, now, mfu)
     if now:
       line = {f"train/{name}": value for name, value in metrics.items()}
       self._writer.write(step, line | self._about(step) | self._meter.read(step))

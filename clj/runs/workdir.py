@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 from importlib import metadata
@@ -9,8 +10,8 @@ from importlib import metadata
 import jax
 from etils import epath
 
-from clj.runs import processes
 from clj.cli import UserError
+from clj.runs import processes
 
 # Keys that may change between two starts of a run without changing what it computes.
 FREE = (
@@ -71,6 +72,11 @@ def check_config(workdir, config: dict):
 
   Also where the processes of this run were started with different configs.
   """
+  if not is_remote(workdir) and (bad := re.search(r"[][*?]", os.path.abspath(workdir))):
+    raise UserError(
+      f"--workdir={workdir}: checkpoints cannot lie below a path with {bad[0]!r}, "
+      "which their library reads as a pattern; take another"
+    )
   everyone = [_flat(c) for c in processes.from_all(_plain(config))]
   for key in sorted(set().union(*everyone) - HOST):
     values = [one.get(key) for one in everyone]
