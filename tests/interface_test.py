@@ -16,8 +16,9 @@ import optax
 import pytest
 
 from clj import sharding
+from clj.interop import init_from
 from clj.method import Aux, Method, keep
-from clj.runs import init_from, log
+from clj.runs import log
 from clj.train import TrainState, make_train_step
 from tests import text_pairs_method
 
