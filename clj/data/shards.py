@@ -129,6 +129,14 @@ def _value(members, described, field):
   return members.get(field, described.get(field))
 
 
+def _may_be_there(field: str, extensions: set[str]) -> bool:
+  """Whether members with these extensions may have the field."""
+  if field in SUFFIXES:
+    return any(f".{x.rpartition('.')[2]}" in SUFFIXES[field] for x in extensions)
+  also = {"caption": "txt", "label": "cls"}.get(field, field)
+  return bool({field, also, "json"} & extensions)
+
+
 def needed(wants: dict[str, Want]) -> set[str] | None:
   """The extensions that hold the wanted fields; None: all may be needed."""
   known = {"caption": {"txt", "json"}, "label": {"cls", "json"}, "cls": {"cls"}}
@@ -156,7 +164,7 @@ def open_shards(name: str, split: str, wants: dict[str, Want]) -> Source:
   wants = {
     c: want
     for c, want in wants.items()
-    if not want.optional or {want.field, "json"} & named or "cls" in named
+    if not want.optional or _may_be_there(want.field, named)
   }
 
   def read(indices, columns):

@@ -50,3 +50,4 @@ from clj.losses.triplet import triplet_semihard as triplet_semihard
 for _name, _function in list(globals().items()):
   if inspect.isfunction(_function) and _name != "encode_in_chunks":
     globals()[_name] = jax.named_scope("loss")(_function)
+del _name, _function
