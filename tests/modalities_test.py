@@ -448,12 +448,17 @@ def test_what_is_wrong_is_one_line(variant, change, message, pairs, tmp_path, ca
   assert not log.read_metrics(tmp_path)
 
 
-def test_a_slip_in_code_is_a_traceback(motions, tmp_path, capsys):
-  recipe = flags("signals", f"parquet:{motions}", "--config.method.name=slip_in_code")
+@pytest.mark.parametrize(
+  "where, line",
+  [("loss", "jnp.ones(3) * jnp.ones(4)"), ("embed", 'params["kernell"]')],
+)
+def test_a_slip_in_code_is_a_traceback(where, line, motions, tmp_path, capsys):
+  slip = ["--config.method.name=slip_in_code", f"--config.method.where={where}"]
+  recipe = flags("signals", f"parquet:{motions}", *slip)
   assert main.main([*recipe, f"--workdir={tmp_path}"]) == 1
   said = capsys.readouterr().err
   assert "Traceback" in said and "small_methods.py" in said
-  assert "jnp.ones(3) * jnp.ones(4)" in said
+  assert line in said
 
 
 def test_sounds_need_a_library(tmp_path, capsys, monkeypatch):
