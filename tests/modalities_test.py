@@ -329,24 +329,37 @@ def test_signals_of_the_real_data(tfds_data_dir, tmp_path, capsys):
 # Pictures.
 
 
-def test_pictures_without_labels(folder, tmp_path, capsys):
-  run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "index"
-  recipe = flags("pictures", f"folder:{folder}")
-  assert "diagnostics/uniformity" in ran(main, [*recipe, run], capsys)
-  found = values_of(tmp_path / "run", 2, "eval/")
+@pytest.fixture(scope="module")
+def picture_run(folder, tmp_path_factory):
+  directory = tmp_path_factory.mktemp("run") / "pictures"
+  arguments = [*flags("pictures", f"folder:{folder}"), f"--workdir={directory}"]
+  assert main.main(arguments) == 0
+  return directory
+
+
+def test_pictures_without_labels(picture_run, capsys):
+  found = values_of(picture_run, 2, "eval/")
   assert found["eval/diagnostics/records"] == PHOTOGRAPHS // 5
   assert 0 <= found["eval/diagnostics/alignment"] <= 4
+  run = f"--workdir={picture_run}"
   said = ran(evaluate, [run, "--evals=diagnostics"], capsys)
   assert f"{found['eval/diagnostics/feature_std']:.4f}" in said
-  arguments = [run, "--split=train", f"--out={out}", "--batch_size=8"]
-  assert f"{PHOTOGRAPHS} embeddings" in ran(embed, arguments, capsys)
+  line = failing(evaluate, [run, "--evals=knn"], capsys)
+  assert "'knn' needs 'label'" in line and "folder:" in line
+
+
+@pytest.mark.slow
+def test_pictures_are_found_and_planned(folder, picture_run, tmp_path, capsys):
+  out = tmp_path / "index"
+  arguments = [f"--workdir={picture_run}", "--split=train", f"--out={out}"]
+  said = ran(embed, [*arguments, "--batch_size=8"], capsys)
+  assert f"{PHOTOGRAPHS} embeddings" in said
   like = folder / "07.png"
   arguments = [f"--index={out}", f"--image={like}", "--json", f"--out={tmp_path}/a.png"]
   (one,) = json.loads(ran(search, [*arguments, "--k=3"], capsys))
   assert one["results"][0]["id"] == "07.png" and (tmp_path / "a.png").exists()
-  assert "fits" in ran(plan, [*recipe, "--topology=local"], capsys)
-  line = failing(evaluate, [run, "--evals=knn"], capsys)
-  assert "'knn' needs 'label'" in line and "folder:" in line
+  recipe = flags("pictures", f"folder:{folder}", "--topology=local")
+  assert "fits" in ran(plan, recipe, capsys)
 
 
 def test_pictures_streamed_and_held_come_in_one_order(folder):
