@@ -1,4 +1,4 @@
-"""Finds the nearest pictures in an index that `clj.embed` made.
+"""Finds the nearest pictures, texts or whatever is in an index that `clj.embed` made.
 
     python -m clj.search --index=index --text "a red star" [--image=like.jpg] [--k=12]
 
@@ -12,12 +12,17 @@ from clj import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = cli.parser("clj.search", "Finds the nearest pictures in an index.")
+  parser = cli.parser("clj.search", "Finds the nearest in an index.")
   parser.add_argument("--index", default="index", help="what clj.embed wrote")
   parser.add_argument("--text", action="append", default=[], help="may be repeated")
   parser.add_argument("--image", action="append", default=[], help="a file; likewise")
+  parser.add_argument(
+    "--column", help="of the run that --text stands for; default: the first of texts"
+  )
   parser.add_argument("--k", type=int, default=12, help="neighbours of each")
-  parser.add_argument("--out", default="search.png", help='the grid; "": none')
+  parser.add_argument(
+    "--out", default="search.png", help='the grid of pictures; "": none'
+  )
   parser.add_argument("--json", action="store_true", help="instead of a table")
   parser.add_argument(
     "--among", choices=("image", "text"), help="embeddings to look at"

@@ -362,8 +362,7 @@ def test_what_is_wrong_in_a_section(section, said):
 def test_a_spec_without_the_data():
   text = {"tokenizer": "words", "length": 12}
   other = {"kind": "text", "same_as": "text", "field": "title"}
-  array = {"kind": "array", "length": 4}
-  found = {"text": text, "other": other, "label": {}, "ids": array, "image": {}}
+  found = {"text": text, "other": other, "label": {}, "image": {}}
   views = {
     "image": {"name": "views", "size": 24, "views": 2},
     "crops": {"name": "views", "of": "image", "size": 8, "views": 6},
@@ -377,15 +376,14 @@ def test_a_spec_without_the_data():
     "other": (12,),
     "other_mask": (12,),
     "label": (),
-    "ids": (4,),
-    "ids_mask": (4,),
     "image": (2, 24, 24, 3),
     "crops": (6, 8, 8, 3),
   }
   section["columns"]["image"] = {"memory_size": 40}
   assert expected_spec(section)["image"] == ((40, 40, 3), np.uint8)
-  section["columns"]["ids"] = {"kind": "array"}
-  with pytest.raises(ValueError, match=r"data.columns.ids.length is None; its shape"):
+  # Only the data know what a row of an array is.
+  section["columns"]["ids"] = {"kind": "array", "length": 4}
+  with pytest.raises(DataError, match="no_such_set"):
     expected_spec(section)
   embedded = {"source": "shapes", "augment": views}
   assert expected_spec(embedded) == open_data(embedded).spec

@@ -355,9 +355,15 @@ def test_dinov2_frozen_teacher_comes_from_other_weights(tmp_path):
   reports = []
 
   def change(state):
+<<<<<<< HEAD
     state, report = start_from(state, tmp_path / "gram.safetensors", rename)
+=======
+    params, extra, report = init_from.init_from(
+      state.params, state.extra, tmp_path / "gram.safetensors", rename
+    )
+>>>>>>> modal
     reports.append(report)
-    return state
+    return dataclasses.replace(state, params=params, extra=extra)
 
   _, state, traced = run("dinov2", 8, change=change)
   np.testing.assert_array_equal(state.extra["gram_teacher"]["patch"], weights)

@@ -462,7 +462,7 @@ def test_convert_between_layouts(tmp_path):
     ("hf_clip", ["--layout=hf"], "no layout 'hf'; there are: open_clip"),
     ("hf_clip", ["--layout=hf_clip", "--dtype=int8"], "no dtype 'int8'"),
     ("hf_siglip", ["--layout=open_clip_siglip"], "timm has no tower of width"),
-    ("hf_clip", ["--config.seed=1"], "flag 'config.seed'"),
+    ("hf_clip", ["--config.seed=1"], "no config; give --config="),
   ],
 )
 def test_convert_refuses_in_one_line(case, arguments, message, tmp_path, capsys):

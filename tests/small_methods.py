@@ -83,12 +83,19 @@ def make_multi_crop(model, *, total_steps, width=8, temperature=0.2):
   return Method(init, loss, keep, embed, ("image", "crops"))
 
 
-def make_slip_in_code(model, *, total_steps):
-  """`make_signals` with a slip: shapes that do not broadcast."""
+def make_slip_in_code(model, *, total_steps, where="loss"):
+  """`make_signals` with a slip: shapes that do not broadcast, a name that is not there.
+
+  where: in "loss" or in "embed".
+  """
   method = make_signals(model, total_steps=total_steps)
 
   def loss(params, extra, batch, rng, step):
     value, rest = method.loss(params, extra, batch, rng, step)
     return value + (jnp.ones(3) * jnp.ones(4)).sum(), rest
 
-  return method._replace(loss=loss)
+  def embed(params, extra, batch):
+    return method.embed(params, extra, batch) | {"more": params["kernell"]}
+
+  slips = {"loss": loss, "embed": embed}
+  return method._replace(**{where: slips[where]})

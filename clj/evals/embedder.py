@@ -87,6 +87,15 @@ class Programs(NamedTuple):
   augment: Callable | None
 
 
+def is_lack(error: KeyError, columns: dict, augment: dict) -> bool:
+  """Whether a method took a column for granted that was not given: no slip in it.
+
+  columns, augment: of the run, whose keys a batch may have.
+  """
+  keys = [key for c in columns.values() for key in (*c.spec, *c.test_spec)]
+  return any(error.args[0] == key for key in (*keys, *augment))
+
+
 def programs(embed: Callable, augment: Callable | None = None) -> Programs:
   """embed: of a method. augment: of its training, `(rng, batch) -> batch`."""
 
@@ -187,7 +196,9 @@ class _Model:
       try:
         found = self._compiled.shapes(self._params, self._extra, batch)
         self._made[key] = tuple(found)
-      except KeyError:  # a column that the method takes for granted
+      except KeyError as error:
+        if not is_lack(error, self._run.columns, self._run.section["augment"]):
+          raise
         self._made[key] = ()
     return self._made[key]
 

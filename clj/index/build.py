@@ -31,7 +31,7 @@ from clj.cli import UserError
 from clj.data import DataError, Split
 from clj.data.dataset import data_of_run
 from clj.data.source import first_line
-from clj.evals.embedder import programs
+from clj.evals.embedder import is_lack, programs
 from clj.evals.load import Loaded, load
 from clj.evals.rows import is_picture
 from clj.index import store
@@ -277,7 +277,9 @@ def _found(model: Loaded, name: str) -> dict:
   }
   try:
     return programs(model.embed).shapes(model.params, model.extra, batch)
-  except KeyError:
+  except KeyError as error:
+    if not is_lack(error, model.columns, model.config["data"].get("augment", {})):
+      raise
     return {}
 
 

@@ -99,9 +99,11 @@ def _spans(index, among):
 
 
 def embed_queries(
-  index: Index, model: Loaded, texts: Sequence[str], pictures: Sequence
+  index: Index, model: Loaded, texts: Sequence[str], pictures: Sequence, column=""
 ) -> np.ndarray:
   """Texts, then pictures (as for `Loaded.preprocess`), as float32 `[Q, dim]`.
+
+  column: that the texts stand for; "": the first one of texts.
 
   Raises UserError: the model takes no texts, or a picture cannot be read.
   """
@@ -116,6 +118,8 @@ def embed_queries(
       tower, other = {"text": ("text", "image"), "image": ("image", "text")}[kind]
       raise UserError(f"{where} has no {tower} tower: search by --{other}")
     name = _column(model, kind)
+    if kind == "text" and column:
+      name, prepare = column, model.inputs[column]
     z = model.embed(model.params, model.extra, prepare(given))
     z = z.get(outputs.get(name, name), z.get("features"))
     if z is None or z.shape[-1] != index.info["dim"]:
@@ -238,6 +242,15 @@ def _wrap(text, font, width, lines):
   return "\n".join(textwrap.wrap(text, letters, max_lines=lines, placeholder=" …"))
 
 
+def _of_texts(model: Loaded, column: str | None) -> str:
+  """The column that --text stands for; "" where the model takes none."""
+  texts = [name for name, c in model.columns.items() if c.tokenizer is not None]
+  if column is not None and column not in texts:
+    there = ", ".join(texts) or "none"
+    raise UserError(f"--column={column}: the columns of texts are {there}")
+  return column or next(iter(texts), "")
+
+
 def find(arguments) -> int:
   """What `clj.search` does, by its flags; returns the exit code."""
   if not arguments.text and not arguments.image:
@@ -261,13 +274,16 @@ def find(arguments) -> int:
     )
   pictures = [_read(path) for path in arguments.image]
   model = open_model(index, arguments.workdir)
-  queries = embed_queries(index, model, arguments.text, pictures)
-  if arguments.text and model.tokenizer.encode(arguments.text)[2]:
-    length = model.tokenizer.length
+  column = _of_texts(model, arguments.column)
+  queries = embed_queries(index, model, arguments.text, pictures, column)
+  tokenizer = model.columns[column].tokenizer if arguments.text else None
+  if tokenizer and tokenizer.encode(arguments.text)[2]:
+    length = tokenizer.length
     print(f"clj: a text has more than {length} ids, and is cut", file=sys.stderr)
   hits = search(index, queries, arguments.k, arguments.among)
   names = [*arguments.text, *arguments.image]
-  if arguments.out:
+  drawn = arguments.out and model.preprocess is not None
+  if drawn:
     read = Pictures(index)
     grid = draw([*arguments.text, *pictures], hits, read)
     try:
@@ -295,7 +311,7 @@ def find(arguments) -> int:
       for rank, (score, row) in enumerate(near, 1)
     ]
     print(f"\n{name}\n" + log.table(rows, ("rank", "score", "id", "caption")))
-  if arguments.out:
+  if drawn:
     print(f"\npictures: {arguments.out}")
   return 0
 
