@@ -25,12 +25,6 @@ from tests import text_pairs_method
 B, D = 16, 8
 
 
-def start_from(state, *arguments):
-  """`init_from` on a state; returns (state, report)."""
-  params, extra, report = init_from.init_from(state.params, state.extra, *arguments)
-  return dataclasses.replace(state, params=params, extra=extra), report
-
-
 def unit(z):
   return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 
@@ -355,13 +349,9 @@ def test_dinov2_frozen_teacher_comes_from_other_weights(tmp_path):
   reports = []
 
   def change(state):
-<<<<<<< HEAD
-    state, report = start_from(state, tmp_path / "gram.safetensors", rename)
-=======
     params, extra, report = init_from.init_from(
       state.params, state.extra, tmp_path / "gram.safetensors", rename
     )
->>>>>>> modal
     reports.append(report)
     return dataclasses.replace(state, params=params, extra=extra)
 
