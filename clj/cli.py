@@ -27,6 +27,10 @@ class UserError(ValueError):
   """What only the user can mend; the message is one line with the way out."""
 
 
+class UnknownKey(UserError, TypeError):
+  """A key that does not exist; as a call with a wrong keyword, a TypeError too."""
+
+
 def check_keywords(function: Callable, given: Iterable[str], where: str):
   """Refuses keys of a config that `function` does not take as keyword arguments.
 
@@ -39,13 +43,13 @@ def check_keywords(function: Callable, given: Iterable[str], where: str):
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str):
-  """Refuses keys that are not `known`, with a suggestion; raises UserError."""
+  """Refuses keys that are not `known`, with a suggestion; raises UnknownKey."""
   known = list(known)
   for key in given:
     if key not in known:
       near = difflib.get_close_matches(key, known, 1)
       hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-      raise UserError(f"no key {key!r} in {where}; {hint}")
+      raise UnknownKey(f"no key {key!r} in {where}; {hint}")
 
 
 def guarded(action: Callable[[], int], debug: bool = False) -> int:

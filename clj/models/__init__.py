@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from clj.cli import UserError
+from clj.cli import UnknownKey, UserError
 from clj.models.clip_resnet import CLIPResNet
 from clj.models.heads import MLP, Linear
 from clj.models.resnet import ResNet
@@ -192,7 +192,7 @@ def _built(make, kwargs, where) -> Network:
     return network(make(**kwargs))
   except TypeError as error:
     if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-      raise UserError(f"no key {found[1]!r} in {where}") from error
+      raise UnknownKey(f"no key {found[1]!r} in {where}") from error
     raise
 
 
@@ -209,7 +209,7 @@ def image(name="resnet18", **kwargs) -> Network:
   The towers of CLIP and SigLIP end before their linear map into the joint space.
   kwargs for CLIP's ResNets: all fields of `clip_resnet.CLIPResNet`.
 
-  Raises UserError for an unknown name or argument.
+  Raises UserError for an unknown name, UnknownKey for an unknown argument.
   """
   if name not in IMAGE:
     raise UserError(f"unknown image encoder {name!r}; there are {', '.join(IMAGE)}")
@@ -229,7 +229,7 @@ def text(name="clip_vit_b32", **kwargs) -> Network:
   the other fields of `text.Text` and of `transformer.Encoder`. The linear map into the
   joint space is not part of it.
 
-  Raises UserError for an unknown name or argument.
+  Raises UserError for an unknown name, UnknownKey for an unknown argument.
   """
   if name not in TEXT:
     raise UserError(f"unknown text encoder {name!r}; there are {', '.join(TEXT)}")
