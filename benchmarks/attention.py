@@ -10,11 +10,10 @@ them in the compiled program (libtpu is needed, a TPU is not). With --topology=l
 gradient also runs, on one GPU: seconds, the median of 10.
 """
 
+import argparse
 import json
 import statistics
 import time
-
-from absl import app, flags
 
 from clj import plan
 
@@ -26,21 +25,22 @@ CASES = [
   "siglip_so400m14:384:16",  # 729
   "siglip_l16:512:16",  # 1024
 ]
-flags.FLAGS.set_default("topology", "v5e:2x2")  # that of clj.plan
-_CASES = flags.DEFINE_list("cases", CASES, "TOWER:SIDE:IMAGES a device")
-_FORMS = flags.DEFINE_list("forms", ["plain", "flash"], "of attention")
 
 
-def main(argv):
-  del argv
-  plan.prepare(plan.TOPOLOGY.value, 1)
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--topology", default="v5e:2x2", help="as clj.plan takes it")
+  parser.add_argument("--cases", default=",".join(CASES), help="TOWER:SIDE:IMAGES")
+  parser.add_argument("--forms", default="plain,flash", help="of attention")
+  arguments = parser.parse_args()
+  plan.prepare(arguments.topology, 1)
   import jax
   import jax.numpy as jnp
 
   from clj import models, sharding
   from clj.planning import hlo
 
-  topology = plan.Topology(plan.TOPOLOGY.value)
+  topology = plan.Topology(arguments.topology)
   mesh = sharding.make_mesh(devices=topology.devices)
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
@@ -74,7 +74,7 @@ def main(argv):
         "temporaries_gib": round(temporaries / 2**30, 2),
         "tflop": round(cost.flops / 1e12, 2),
       }
-      if plan.TOPOLOGY.value == "local":
+      if arguments.topology == "local":
         params = jax.jit(init, out_shardings=whole)()
         x = jax.jit(lambda: jnp.full(shape, 0.5), out_shardings=rows)()
         record["seconds"] = seconds(lambda: compiled(params, x))
@@ -88,10 +88,10 @@ def main(argv):
       times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
-  for case in _CASES.value:
-    for form in _FORMS.value:
+  for case in arguments.cases.split(","):
+    for form in arguments.forms.split(","):
       print(json.dumps(report(case, form)), flush=True)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

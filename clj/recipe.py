@@ -20,19 +20,40 @@ RUN = {
   "init_from": "",
   "init_rename": (),
   "profile": "",  # "10:15" traces these steps for TensorBoard
+  # "name", of clj/methods; its options are the arguments of `make` there. For any of
+  # them "probe_classes" adds an online linear probe, "wise_ft" evaluates an average
+  # with the weights of the start.
   "method": {},
-  "model": {},
+  "model": {},  # "name", of clj/models; its options are arguments of the network
   "data": {
+    # A TFDS name, "folder:/path", ...: `open_source` in clj/data/sources.py lists them.
     "source": "",
     "train_split": "train",
     "test_split": "test",
     "data_dir": "",  # of TFDS; "": TFDS_DATA_DIR, else TFDS's default
     "threads": 0,  # that decode; 0: one a core
+    # What of a record becomes part of a batch, by key: {"image": {"kind": "image"}}.
+    # Kinds are image, text, label, array and audio; "field" names what a column is made
+    # of where the source calls it something else. Their other options ("memory_size",
+    # "eval_crop"; "tokenizer", "length", "same_as"; "rate", ...) are the arguments of
+    # the functions of these names in clj/data/columns.py, explained there.
     "columns": {},
+    # What is made of it in each step, by key: {"image": {"name": "views", "size": 32}}.
+    # A further set of crops has its own key and "of": "image"; masks of patches are
+    # "block_mask" and "random_mask" with "like": "image". Options are the arguments of
+    # `views` in clj/augment/views.py (jitter, blur, solarize, "boxes_of", ...) and in
+    # clj/augment/masks.py; published ones are functions of clj/augment/policies.py.
     "augment": {},
+    # Not here, but taken too, see clj/data/mixture.py: "mixture", several sources, each
+    # {"source": ..., "weight": 1.0, "columns": {what differs}}; "balanced",
+    # {"classes": 64, "each": 4}; "subset", a share of the training records of each
+    # class, drawn by "subset_seed".
   },
+  # The optimiser and its options, see clj/optim.py; schedules in clj/schedules.py.
   "optim": {},
   "mesh": {"data": -1, "fsdp": 1},  # sizes of the mesh's axes; -1: what remains
+  # By label: the options of an evaluation of clj/evals, and "name" where the label is
+  # not its name, "final_only", "data" for a data set of its own.
   "evals": {},
 }
 
