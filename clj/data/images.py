@@ -218,9 +218,9 @@ def boxes(
 
   The area is uniform in a set's `scale` times the picture's, the aspect log-uniform in
   its `ratio`; a shape that does not fit is drawn again, up to ten times, and then cut
-  to fit. The place is uniform. The draws of the first set are those of `crop_chances`;
-  the others' are keyed by the name of the set too, so that none depends on which sets
-  come with it.
+  to fit. A `scale` of (1, 1) is the whole picture, whatever its shape. The place is
+  uniform. The draws of the first set are those of `crop_chances`; the others' are keyed
+  by the name of the set too, so that none depends on which sets come with it.
 
   Returns:
     {key: int64 [views, 4]}: top, left, height and width, pixels.
@@ -280,6 +280,8 @@ def _boxes(height, width, chances, least, most, low, high):
   area = height * width * (least + chances[:, :10] * (most - least))
   aspect = np.exp(low + chances[:, 10:20] * (high - low))
   wide, tall = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+  whole = np.asarray(least) >= 1
+  wide, tall = np.where(whole, width, wide), np.where(whole, height, tall)
   first = ((wide <= width) & (tall <= height)).argmax(1)  # 0 where none fits.
   found, rows = [], np.arange(len(chances))
   shapes = zip(wide[rows, first].tolist(), tall[rows, first].tolist())
