@@ -171,11 +171,11 @@ def train(
     return COMPLETE
   if (first := config_of(init_from)) and not processes.from_first(checkpoints.steps()):
     print(f"{init_from} comes first, in {directory}/first", flush=True)
-    config["init_from"] = str(epath.Path(directory) / "first")
-    if (code := train(config["init_from"], **first | {"mesh": mesh})) != COMPLETE:
+    init_from = str(epath.Path(directory) / "first")
+    if (code := train(init_from, **first | {"mesh": mesh})) != COMPLETE:
       return code
   with jax.set_mesh(grid), processes.listening() as stopping:
-    run = _set_up(directory, config, grid, checkpoints, stopping)
+    run = _set_up(directory, config, init_from, grid, checkpoints, stopping)
     with run.record:
       complete = _loop(run, grid, stopping)
   if run.data.train.bad:
@@ -239,8 +239,11 @@ def _is_complete(directory, config, checkpoints) -> bool:
   return processes.from_first(finished) and not checkpoints.agreed_fault(steps)
 
 
-def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
-  """Opens the data, builds the program and restores or starts its state."""
+def _set_up(directory, config, init_from, grid, checkpoints, stopping) -> Run:
+  """Opens the data, builds the program and restores or starts its state.
+
+  init_from: that of the config, or where the config that it names was trained.
+  """
   batch_size, seed = config["batch_size"], config["seed"]
   started = processes.from_first(bool(checkpoints.steps()))
   data = open_data(config["data"], workdir=directory, started=started)
@@ -266,11 +269,11 @@ def _set_up(directory, config, grid, checkpoints, stopping) -> Run:
     data,
     evals=config["evals"],
     batch_size=batch_size,
-    start="before" if config["init_from"] else "untrained",
+    start="before" if init_from else "untrained",
     shapes=(program.state.params, program.state.extra),
   )
   state, start, seconds = _first_state(
-    directory, config, grid, program, checkpoints, data
+    directory, config, init_from, grid, program, checkpoints, data
   )
   writer = log.Log(directory, start_step=start, total_steps=config["total_steps"])
   checkpoints.committed = lambda step: writer.say(f"step {step}: saved")
@@ -320,7 +323,7 @@ def batch_shapes(data, batch_size: int, grid) -> dict:
   }
 
 
-def _first_state(directory, config, grid, program, checkpoints, data):
+def _first_state(directory, config, path, grid, program, checkpoints, data):
   """What training goes on or starts from: state, finished steps, seconds trained."""
   restored = checkpoints.restore(program.state)
   if restored is not None:
@@ -331,9 +334,9 @@ def _first_state(directory, config, grid, program, checkpoints, data):
     return state, start, clock["seconds"]
   state = program.init(jax.random.key(config["seed"]))
   print(log.start_tables(grid, state.params), flush=True)
-  if config["init_from"]:
+  if path:
     params, extra, report = init_from(
-      state.params, state.extra, config["init_from"], config["init_rename"], data.saved
+      state.params, state.extra, path, config["init_rename"], data.saved
     )
     state = dataclasses.replace(state, params=params, extra=extra)
     print(report, flush=True)
