@@ -220,7 +220,7 @@ def load_recipe(name: str) -> dict:
   """The recipe FILE.py[:VARIANT]; raises UserError where there is none."""
   path, _, variant = name.partition(":")
   if not os.path.isfile(path):
-    raise UserError(f"there is no config {path!r}; those of clj are in configs/")
+    raise UserError(f"there is no file {path}; the recipes of clj are in configs/")
   return runpy.run_path(path)["get_config"](variant or None).to_dict()
 
 
