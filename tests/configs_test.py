@@ -53,7 +53,11 @@ def test_every_variant_is_whole_and_can_be_built(name):
     assert variant in module.__doc__, f"{variant} is not in the table of the docstring"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+SLOW = {"slip", "clip_distill", "siglip"}  # whose pieces the others run too
+RUN = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS]
+
+
+@pytest.fixture(scope="module", params=RUN)
 def smoke_run(request, tmp_path_factory):
   directory = tmp_path_factory.mktemp(request.param)
   config = importlib.import_module(f"configs.{request.param}").get_config("smoke")

@@ -17,6 +17,9 @@ from clj.methods import METHODS, make_method
 
 # Tokens of a transformer that all examples share: of one axis, and no norm or bias.
 TOKENS = r"(^|/)(cls|mask|position|cls_position|mean_position|map/probe)$"
+# Those made of another method's pieces run in the slow tier.
+BUILT = {"slip", "clip_distill"}
+EVERY = [pytest.param(n, marks=pytest.mark.slow) if n in BUILT else n for n in METHODS]
 GOLDEN = pathlib.Path(__file__).parent / "golden_steps.json"
 
 
@@ -111,14 +114,14 @@ def distance(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_five_free_steps_are_the_same_on_one_and_eight_devices(name):
   one, _ = run(name, 1, 5)
   eight, _ = run(name, 8, 20)
   np.testing.assert_allclose(one, eight[:5], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_same_state_gives_same_step_on_1_2_and_8_devices(name):
   _, states = run(name, 8, 20)
   for step, state in states.items():
@@ -136,7 +139,7 @@ def test_same_state_gives_same_step_on_1_2_and_8_devices(name):
       assert distance(other_extra, extra) <= 1e-5 * max(1, norm(extra)), (step, other)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_golden_steps(name):
   golden = json.loads(GOLDEN.read_text())
   losses, _ = run(name, 8, 20)
@@ -152,7 +155,7 @@ def test_golden_steps(name):
   )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_loss_keeps_the_structure_of_extra(name):
   _, made, _ = program(name, 8)
   batch = jax.eval_shape(made.augment, jax.random.key(0), batches(name, 0))
@@ -168,7 +171,7 @@ def test_loss_keeps_the_structure_of_extra(name):
   assert jax.eval_shape(made.method.embed, state.params, state.extra, {}) == {}
 
 
-@pytest.mark.parametrize("name", [*METHODS, "lit"])
+@pytest.mark.parametrize("name", [*EVERY, "lit"])
 def test_gradient_flows_into_every_parameter_but_the_locked(name):
   _, states = run(name, 8, 20)
   mesh, made, examine = program(name, 8)
@@ -181,7 +184,7 @@ def test_gradient_flows_into_every_parameter_but_the_locked(name):
     assert np.any(np.asarray(grad) != 0) != locked, leaf_name
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_features_do_not_collapse(name):
   _, states = run(name, 8, 20)
   mesh, made, _ = program(name, 8)
@@ -194,7 +197,7 @@ def test_features_do_not_collapse(name):
   assert float(jnp.mean(jnp.std(unit, axis=0))) * np.sqrt(unit.shape[1]) > 0.1
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_probe_learns_and_changes_nothing_else(name):
   config = smoke(name)
   plain = make_method(config["method"], config["model"], 10)
@@ -235,7 +238,7 @@ def unknown_names(params):
       yield name
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_names_of_parameters_are_known_to_the_optimiser(name):
   """Norms and biases are named so that the masks find them."""
   _, made, _ = program(name, 8)
