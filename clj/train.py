@@ -29,7 +29,7 @@ from clj.method import Method
 from clj.methods import make_method
 from clj.planning import chips, hlo
 from clj.runs import checkpoint, log, processes, workdir
-from clj.runs.record import Record
+from clj.runs.record import Record, profile_steps
 
 COMPLETE, STOPPED = 0, processes.AGAIN
 
@@ -226,6 +226,7 @@ def _check(directory, config):
   for key in ("batch_size", "total_steps", "log_every"):
     if config[key] < 1:
       raise UserError(f"{key} is {config[key]}; it must be at least 1")
+  profile_steps(config["profile"])  # before a file is open
   grid = sharding.of_config(config["mesh"])
   sharding.check_batch_size(config["batch_size"], grid)
   workdir.check_config(directory, config)
