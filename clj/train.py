@@ -27,7 +27,7 @@ from clj.evals.measure import best_metric, make_evaluate, summary
 from clj.interop.init_from import config_of, init_from
 from clj.method import Method
 from clj.methods import make_method
-from clj.planning import chips, hlo
+from clj.planning import chips
 from clj.runs import checkpoint, log, processes, workdir
 from clj.runs.record import Record, profile_steps
 
@@ -305,10 +305,13 @@ def _set_up(directory, config, init_from, grid, checkpoints, stopping) -> Run:
 
 
 def _utilisation(program, shapes) -> dict:
-  """FLOPs of a step and the device's peak; the loop finds the step compiled."""
-  compiled = program.step.lower(program.state, shapes).compile()
+  """FLOPs of a step and the device's peak; the loop finds the step compiled.
+
+  By XLA's count, which takes the body of a loop (`scan`) once: too few there.
+  """
+  cost = program.step.lower(program.state, shapes).compile().cost_analysis()
   peak = chips.peak_flops(jax.local_devices()[0])
-  return {"flops": hlo.step_flops(compiled), "peak": peak}
+  return {"flops": (cost or {}).get("flops"), "peak": peak}
 
 
 def batch_shapes(data, batch_size: int, grid) -> dict:
