@@ -346,18 +346,6 @@ def check(saved: Tokenizer, section: dict, where: str = WHERE) -> Tokenizer:
   return saved
 
 
-def check_fingerprint(tokenizer: Tokenizer | None, saved: str | None, where) -> None:
-  """Refuses a tokenizer that is not the one a checkpoint was trained with.
-
-  saved: its fingerprint there; None: of a checkpoint without text.
-  """
-  if tokenizer is not None and saved is not None and tokenizer.fingerprint != saved:
-    raise UserError(
-      f"{where}: its tokenizer is not the one that the checkpoint was trained with;"
-      " its ids would mean something else: put the directory tokenizer back"
-    )
-
-
 @functools.lru_cache(maxsize=4)
 def _load(kind, data, path="the saved vocabulary"):
   if kind == "sentencepiece":

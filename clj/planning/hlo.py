@@ -581,6 +581,8 @@ def _element(body, name):
 def _value(computations, body, name, known):
   """The value of an integer scalar, or None if it is not in the program."""
   one = body.instructions[name]
+  if len(one.shape) == 1 and one.shape[0].dims:
+    return None  # of arrays, whose makers are many, nothing is asked
   value = lambda x: _value(computations, body, x, known)
   if one.opcode == "constant":
     return int(one.argument) if re.fullmatch(r"-?\d+", one.argument) else None
